@@ -1,0 +1,266 @@
+"""Train a blur-noise mixture diffusion model. README, "The loss" and "The recipe".
+
+    python train.py                                        # dead leaves of 16 x 16, minutes on a CPU
+    python train.py --data cifar10 --bnr 0.5               # the paper's CIFAR-10 run
+    python train.py --data my-pictures/ --preset ffhq64    # your own pictures
+
+The same command again goes on where it stopped.
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import sys
+import time
+from functools import lru_cache
+
+import torch
+from tqdm import tqdm
+
+from data import Options, UserError, augment, device, load, normalize, save_grid, to_uint8, within
+from loss import disentangled_loss, training_levels
+from model import build
+from sample import generate, read_checkpoint
+
+# The options' defaults are the paper's for CIFAR-10 (EDM's DDPM++ recipe); a preset is what differs from them.
+PRESETS = {
+    "cifar10": {},
+    "ffhq64": dict(resolution=64, mult=[1, 2, 2, 2], batch=256, lr=2e-4, dropout=0.05, augment=0.15, sample_steps=40),
+    "church128": dict(resolution=128, mult=[1, 1, 2, 2, 2], batch=256, lr=2e-4, dropout=0.1, augment=0., sample_steps=40),
+    "tiny": dict(resolution=16, channels=24, mult=[1, 2], blocks=1, attention=[8], batch=64, lr=2e-3, dropout=0., augment=0.,
+                 duration=60., warmup=3., ema=3., log_every=2., snapshot_every=20.),
+}
+MAY_CHANGE = {"out", "duration", "batch_gpu", "device", "log_every", "snapshot_every", "sample_steps"}      # on resuming
+
+
+def options():
+    p = Options(description="Train a blur-noise mixture diffusion model.")
+    a = p.add_argument
+    a("--data", default="leaves", help="leaves, cifar10, or a folder, zip or tar of pictures (default leaves)")
+    a("--bnr", type=bnr, default=0.5, help="blur-to-noise ratio, pixels of blur for a unit of noise; 0 is EDM (default 0.5)")
+    a("--preset", choices=PRESETS, help="recipe (default: cifar10 for cifar10, else tiny)")
+    a("--out", default="run", help="folder of checkpoints, log and grids; one that holds a run resumes it (default run)")
+    a("--batch", type=within(int, 1), default=512, help="pictures a step, over all accumulation (default 512)")
+    a("--batch-gpu", type=within(int, 1), help="pictures at a time, for less memory (default: the whole batch)")
+    a("--lr", type=within(float, 0, 1), default=1e-3, help="Adam's learning rate (default 1e-3)")
+    a("--warmup", type=within(float, 0), default=10000., help="kimg in which it rises from 0 (default 10000)")
+    a("--duration", type=within(float, 0, 1e9), default=200000., help="kimg (thousands of pictures seen) to train for (default 200000)")
+    a("--ema", type=within(float, 0), default=500., help="half-life of the weights' average, kimg (default 500)")
+    a("--dropout", type=within(float, 0, 0.99), default=0.13, help="dropout probability (default 0.13)")
+    a("--augment", type=within(float, 0, 1), default=0.12, help="probability of each augmentation, 0 for none at all (default 0.12)")
+    a("--resolution", type=within(int, 0, 4096), default=32, help="side pictures are cropped and resized to; 0: as they are (default 32)")
+    a("--channels", type=within(int, 8, 4096), default=128, help="width of the network (default 128)")
+    a("--mult", type=within(int, 1, 16), nargs="+", default=[2, 2, 2], help="width of each level, in channels (default 2 2 2)")
+    a("--blocks", type=within(int, 1, 64), default=4, help="residual blocks a level (default 4)")
+    a("--attention", type=within(int, 0), nargs="*", default=[16], help="sides of the levels with attention (default 16)")
+    a("--seed", type=within(int, 0, 2 ** 31), default=0, help="of the weights, the noise and the order (default 0)")
+    a("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu (default: cuda if there is one)")
+    a("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the network; auto: bf16 on a GPU that has it (default auto)")
+    a("--log-every", type=within(float, 0), default=50., help="kimg between lines of the log (default 50)")
+    a("--snapshot-every", type=within(float, 0), default=2500., help="kimg between checkpoints, with a grid (default 2500)")
+    a("--sample-steps", type=within(int, 1, 1000), default=18, help="Heun steps of the grid (default 18)")
+    preset = p.parse_args().preset or ("cifar10" if p.parse_args().data == "cifar10" else "tiny")
+    p.set_defaults(**PRESETS[preset], preset=preset)
+    return p, p.parse_args()
+
+
+def bnr(text):
+    if math.isinf(value := within(float, 0)(text)):
+        raise argparse.ArgumentTypeError("cold models (inf) cannot be trained yet")
+    return value
+
+
+def main():
+    p, args = options()
+    with p.one_line_errors():
+        train(args)
+
+
+def train(args):
+    device = torch.device(args.device)
+    bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    micro = min(args.batch_gpu or args.batch, args.batch)
+    if args.batch % micro:
+        raise UserError(f"--batch {args.batch} is no multiple of --batch-gpu {micro}")
+    ema_path, state_path = f"{args.out}/ema.pt", f"{args.out}/state.pt"
+    state = resumable(args, state_path, ema_path)
+
+    data = load(args.data, args.resolution or None)
+    facts = data.facts()
+    n, (c, h, w) = len(data.pictures), facts["shape"]
+    config = {"bnr": args.bnr, "sigma_data": 0.5,
+              "unet": dict(in_channels=c, out_channels=2 * c, channels=args.channels, mult=args.mult, blocks=args.blocks, resolution=max(h, w),
+                           attention=args.attention, dropout=args.dropout, augment_dim=9 if args.augment else 0)}
+    torch.manual_seed(args.seed)
+    net = network(config, h, w).to(device)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8)
+    seen = 0                                                    # pictures, the one measure of progress
+    if state:
+        if state["data"] != facts:
+            raise UserError(f"{args.out} was trained on other pictures: {state['data']}, and these are {facts}")
+        net.load_state_dict(state["net"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        seen = state["seen"]
+    os.makedirs(args.out, exist_ok=True)
+    write_options(args, f"{args.out}/options.json")
+    log = resumed_log(f"{args.out}/log.jsonl", seen)
+    pictures = resident(data.pictures, device)
+
+    total = math.ceil(args.duration * 1000 / args.batch) * args.batch
+    print(f"{facts['name']}: {n} pictures of {c} x {h} x {w}; {sum(p.numel() for p in net.parameters()):,} parameters, BNR {args.bnr}; "
+          f"{device.type}, {'bf16' if bf16 else 'fp32'}, batch {args.batch} as {args.batch // micro} x {micro}"
+          + (f"; resuming at {seen / 1000:g} kimg" if seen else ""))
+    if seen >= total:
+        print(f"{args.out} has its {seen / 1000:g} kimg already; a longer --duration goes on from there")
+    bar = tqdm(total=total, initial=seen, unit="img", unit_scale=True)
+    history, since = [], time.time()
+    while seen < total:
+        # everything random in a step follows from the seed and the step, so a resumed run needs no random state
+        torch.manual_seed(args.seed * 1_000_003 + seen)
+        lr = args.lr * min(1, (seen + args.batch) / max(args.warmup * 1000, 1))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # the whole batch is drawn at once: what is drawn does not depend on --batch-gpu
+        x0 = normalize(pictures[shuffled(seen, args.batch, n, args.seed).to(pictures.device)].to(device))        # [B, C, H, W]
+        x0, labels = augment(x0, args.augment) if args.augment else (x0, None)
+        t, noise = training_levels(args.batch, device), torch.randn_like(x0)
+
+        losses = []
+        for i in range(0, args.batch, micro):
+            part = slice(i, i + micro)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                terms = disentangled_loss(lambda x, t: net(x, t, None if labels is None else labels[part]),
+                                          x0[part], net.path, t[part], noise[part])
+            (sum(terms).sum() * (c * h * w / args.batch)).backward()                            # sum over pixels, mean over the batch
+            losses.append(torch.stack(terms).detach())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen += args.batch
+
+        halflife = min(args.ema * 1000, seen * 0.05)            # EDM's ramp-up: early averages are short
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - 0.5 ** (args.batch / max(halflife, 1e-8)))
+
+        history.append((seen, t, torch.cat(losses, 1)))
+        bar.update(args.batch)
+        snapshot = crossed(seen, args.batch, args.snapshot_every) or seen >= total
+        if snapshot or crossed(seen, args.batch, args.log_every):
+            line = summary(history, args.batch, lr, time.time() - since, device)                # stops the run at a loss that is not finite
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            bar.set_postfix(denoise=f"{line['denoise']:.4f}", deblur=f"{line['deblur']:.4f}")
+            history = []
+        if snapshot:
+            draw_grid(ema, facts["shape"], device, args.sample_steps, f"{args.out}/grid-{seen // 1000:06d}.png")
+            common = {"config": config, "data": facts, "options": vars(args), "seen": seen}
+            save({"weights": ema.state_dict(), **common}, ema_path)
+            save({"net": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), **common}, state_path)
+        if not history:
+            since = time.time()
+    bar.close()
+
+
+def network(config, h, w):
+    try:
+        net = build(config)
+        net.unet.check(h, w)
+        return net
+    except ValueError as e:
+        raise UserError(f"{e}: choose --resolution, --mult or --channels to fit") from None
+
+
+def shuffled(start, count, n, seed):
+    """Places start to start + count of an endless stream of shuffles of n pictures: each is seen once an epoch. int64 [count]"""
+    place = torch.arange(start, start + count)
+    return torch.cat([epoch(e, n, seed)[place[place // n == e] % n] for e in range(start // n, (start + count - 1) // n + 1)])
+
+
+@lru_cache(maxsize=2)
+def epoch(e, n, seed):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + e))
+
+
+def resident(pictures, device):
+    """The uint8 set on the training device if it takes less than half of what is free there, else pinned in host memory."""
+    if device.type != "cuda":
+        return pictures
+    return pictures.to(device) if pictures.numel() < torch.cuda.mem_get_info(device)[0] / 2 else pictures.pin_memory()
+
+
+def crossed(seen, batch, kimg):
+    return kimg > 0 and seen // (kimg * 1000) > (seen - batch) // (kimg * 1000)
+
+
+def summary(history, batch, lr, seconds, device):
+    """A log line of the steps since the last: both terms, whole and by quartile of the training levels, lowest first."""
+    t = torch.cat([t for _, t, _ in history]).cpu()
+    losses = torch.cat([l for _, _, l in history], 1).cpu()     # [2, steps * batch]
+    bad = (~losses.isfinite()).any(0).nonzero().flatten()
+    if len(bad):
+        i = bad[0].item()
+        raise UserError(f"the loss is not finite at step {history[i // batch][0] // batch}, level {t[i]:.4g} (denoise {losses[0, i]:g}, "
+                        f"deblur {losses[1, i]:g}); stopped, the last checkpoint stays: try a lower --lr, or --precision fp32")
+    z = (t.log() + 1.2) / 1.2                                   # unit normal
+    quartile = torch.bucketize(z, torch.tensor([-0.6745, 0., 0.6745]))
+    by_level = [[round(l[quartile == q].mean().item(), 5) for q in range(4)] for l in losses]
+    return {"kimg": history[-1][0] / 1000, "step": history[-1][0] // batch, "denoise": round(losses[0].mean().item(), 5),
+            "deblur": round(losses[1].mean().item(), 5), "denoise_by_level": by_level[0], "deblur_by_level": by_level[1], "lr": lr,
+            "images_per_s": round(losses.shape[1] / seconds, 1), "memory_gb": round(peak_memory(device), 2)}
+
+
+def peak_memory(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    try:
+        import resource                                         # not on Windows
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+    except ImportError:
+        return 0.
+
+
+def draw_grid(ema, shape, device, steps, path):
+    pictures = torch.cat([to_uint8(x).cpu() for x in generate(ema, shape, range(64), device, steps=steps)])
+    save_grid(pictures, path)
+
+
+def save(checkpoint, path):
+    """Written aside and renamed: a reader, or a run killed here, finds the old file or the new one, whole."""
+    torch.save(checkpoint, f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def resumable(args, state_path, ema_path):
+    """The state to resume from, or None for a new run. Raises UserError where --out holds something else."""
+    if not os.path.exists(state_path):
+        if os.path.exists(ema_path):
+            raise UserError(f"{args.out} holds a model, but no state.pt to resume from: choose another --out")
+        return None
+    state = read_checkpoint(state_path)
+    if not state.keys() >= {"net", "ema", "optimizer", "options", "data", "seen"}:
+        raise UserError(f"{state_path} is no state of train.py: choose another --out")
+    ours, theirs = vars(args), state["options"]
+    differ = [f"--{k.replace('_', '-')} {theirs.get(k)}, not {v}" for k, v in ours.items() if k not in MAY_CHANGE and theirs.get(k) != v]
+    if differ:
+        raise UserError(f"{args.out} holds a run with {'; '.join(differ)}: choose another --out, or repeat its options")
+    return state
+
+
+def resumed_log(path, seen):
+    """The log, open to go on behind the line of the checkpoint: what a stopped run wrote after that comes again."""
+    kept = [l for l in open(path) if json.loads(l)["kimg"] <= seen / 1000] if os.path.exists(path) else []
+    with open(f"{path}.part", "w") as f:
+        f.writelines(kept)
+    os.replace(f"{path}.part", path)
+    return open(path, "a")
+
+
+def write_options(args, path):
+    with open(path, "w") as f:
+        json.dump(vars(args), f, indent=1)
+
+
+if __name__ == "__main__":
+    main()
