@@ -73,6 +73,7 @@ def augment(x, p):
 
     Each kind happens with probability p, but the x-flip with one half. The 9 numbers go to the network and are 0 where nothing was
     done, as at sampling: x-flip, y-flip, scale, rotation (cos - 1, sin), stretch along a direction (cos, sin), shift in x and in y.
+    The two numbers of a stretch are EDM's: they leave open whether it is wider along its direction or narrower against it.
     """
     b, device = len(x), x.device
     coin, uniform = (lambda q: torch.rand(b, device=device) < q), (lambda: math.pi * (2 * torch.rand(b, device=device) - 1))
@@ -87,7 +88,7 @@ def augment(x, p):
     x = torch.where(flip_x[:, None, None, None], x.flip(-1), x)
     x = torch.where(flip_y[:, None, None, None], x.flip(-2), x)
     # a point of the result -> the point of the picture it shows: the inverses of shift, stretch, rotation and scale
-    wide = torch.diag_embed(torch.stack([-stretch, stretch], 1).mul(0.2).exp2())
+    wide = torch.diag_embed((0.2 * torch.stack([-stretch, stretch], 1)).exp2())
     inverse = (-0.2 * scale).exp2()[:, None, None] * turn(-angle) @ turn(direction) @ wide @ turn(-direction)       # [B, 2, 2]
     half = torch.tensor([x.shape[-1] / 2, x.shape[-2] / 2], device=device)                      # affine_grid's units, in pixels
     inverse = inverse * half / half[:, None]
@@ -274,8 +275,11 @@ def decode(data, resolution):
 
 
 def fit(image, width, height):
-    """Centre-crop to those proportions and resize with Lanczos, as EDM prepares FFHQ and LSUN."""
-    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    """Centre-crop to those proportions, then resize with Lanczos, as EDM prepares FFHQ and LSUN."""
+    k = min(image.width / width, image.height / height)
+    w, h = max(1, round(width * k)), max(1, round(height * k))
+    left, top = (image.width - w) // 2, (image.height - h) // 2
+    return image.crop((left, top, left + w, top + h)).resize((width, height), Image.Resampling.LANCZOS)
 
 
 def read_picture(path, channels, height, width):

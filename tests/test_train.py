@@ -1,0 +1,294 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import train
+from data import UserError, normalize
+from degrade import BlurNoisePath
+from loss import disentangled_loss
+from model import Denoiser, UNet
+from sample import load_model
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--resolution 8 --channels 8 --mult 1 2 --attention 4 --batch 4 --warmup 0 --log-every 0.016 --snapshot-every 0.032 --sample-steps 2".split()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(10):
+        Image.fromarray(np.random.RandomState(i).randint(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return str(folder)
+
+
+def run(monkeypatch, *args, main=train.main):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+    main()
+
+
+def small(monkeypatch, data, out, *args):
+    run(monkeypatch, "--data", data, "--out", out, "--device", "cpu", *SMALL, *args)
+
+
+def weights(out, name="ema.pt"):
+    state = torch.load(f"{out}/{name}", weights_only=True)
+    return {k: v for part in ("weights", "net", "ema") for k, v in state.get(part, {}).items()}, state
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def refused(capsys, call, *words):
+    with pytest.raises(SystemExit) as e:
+        call()
+    printed = capsys.readouterr().err
+    last = printed.strip().splitlines()[-1]
+    assert e.value.code == 2 and all(w in last for w in words), printed
+    assert "Traceback" not in printed
+
+
+def test_four_pictures_are_learned_by_heart():
+    """The loss at fixed levels falls to a small share of what knowing nothing costs, in both heads."""
+    torch.manual_seed(0)
+    x0, path = (torch.rand(4, 3, 8, 8) * 2 - 1), BlurNoisePath(2)
+    net = Denoiser(UNet(3, 6, channels=32, mult=(1, 2), blocks=1, attention=(4,), resolution=8), path)
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    t, noise = torch.tensor([0.2, 0.4, 0.6, 0.8]).repeat(16), torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    score = lambda: torch.stack([l.mean() for l in disentangled_loss(net, x0.repeat_interleave(16, 0), path, t, noise)]).detach()
+    before = score()
+    for _ in range(400):
+        (sum(disentangled_loss(net, x0.repeat(4, 1, 1, 1), path, torch.rand(16) * 0.8 + 0.1)).sum() * 12).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (score() < 0.1 * before).all()
+
+
+@pytest.mark.parametrize("extra", [[], ["--dropout", "0.3", "--augment", "0.5"]])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, pictures, monkeypatch, extra):
+    small(monkeypatch, pictures, tmp_path / "whole", "--duration", 0.096, *extra)
+    small(monkeypatch, pictures, tmp_path / "parts", "--duration", 0.032, *extra)
+    small(monkeypatch, pictures, tmp_path / "parts", "--duration", 0.096, *extra)
+    for name in ("ema.pt", "state.pt"):
+        assert same(weights(tmp_path / "whole", name)[0], weights(tmp_path / "parts", name)[0])
+    logs = [[json.loads(l) for l in open(tmp_path / d / "log.jsonl")] for d in ("whole", "parts")]
+    assert [l["step"] for l in logs[0]] == [l["step"] for l in logs[1]] == [4, 8, 12, 16, 20, 24]
+    assert [l["denoise"] for l in logs[0]] == [l["denoise"] for l in logs[1]]
+
+
+def test_a_run_cut_between_checkpoints_repeats_from_the_last(tmp_path, pictures, monkeypatch):
+    small(monkeypatch, pictures, tmp_path / "whole", "--duration", 0.096)
+
+    def cut(history, *args, original=train.summary):
+        if history[-1][0] == 80:
+            raise KeyboardInterrupt
+        return original(history, *args)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(train, "summary", cut)
+        small(m, pictures, tmp_path / "cut", "--duration", 0.096)
+    assert weights(tmp_path / "cut")[1]["seen"] == 64
+    small(monkeypatch, pictures, tmp_path / "cut", "--duration", 0.096)
+    assert same(weights(tmp_path / "whole")[0], weights(tmp_path / "cut")[0])
+    assert [json.loads(l)["step"] for l in open(tmp_path / "cut/log.jsonl")] == [4, 8, 12, 16, 20, 24]
+
+
+def test_accumulation_changes_nothing_but_rounding(tmp_path, pictures, monkeypatch):
+    small(monkeypatch, pictures, tmp_path / "whole", "--duration", 0.016)
+    small(monkeypatch, pictures, tmp_path / "parts", "--duration", 0.016, "--batch-gpu", 1)
+    logs = [json.loads(open(tmp_path / d / "log.jsonl").readline()) for d in ("whole", "parts")]
+    assert logs[0]["denoise"] == pytest.approx(logs[1]["denoise"], rel=1e-4)
+    a, b = weights(tmp_path / "whole", "state.pt")[1]["optimizer"]["state"], weights(tmp_path / "parts", "state.pt")[1]["optimizer"]["state"]
+    first = [torch.cat([s["exp_avg"].flatten() for s in state.values()]) for state in (a, b)]
+    assert (first[0] - first[1]).norm() < 1e-3 * first[0].norm()
+
+
+def test_the_average_has_its_half_life_in_pictures(tmp_path, pictures, monkeypatch):
+    """One step at a time: ema' = ema + (1 - 2^(-batch / half-life)) (net' - ema), the half-life at most a twentieth of what was seen."""
+    small(monkeypatch, pictures, tmp_path, "--duration", 0.36, "--ema", 0.016, "--snapshot-every", 0)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    small(monkeypatch, pictures, tmp_path, "--duration", 0.364, "--ema", 0.016, "--snapshot-every", 0)
+    after = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert after["seen"] == 364
+    for k, v in state["ema"].items():                           # 364 / 20 = 18.2 pictures would be longer than the 16 asked for
+        torch.testing.assert_close(after["ema"][k], v + (1 - 0.5 ** (4 / 16)) * (after["net"][k] - v), rtol=1e-5, atol=1e-7)
+
+
+def test_the_learning_rate_warms_up_linearly(tmp_path, pictures, monkeypatch):
+    small(monkeypatch, pictures, tmp_path, "--duration", 0.064, "--warmup", 0.032, "--lr", 0.004)
+    assert [json.loads(l)["lr"] for l in open(tmp_path / "log.jsonl")] == pytest.approx([0.002, 0.004, 0.004, 0.004])
+
+
+def test_every_picture_is_seen_once_an_epoch():
+    stream = torch.cat([train.shuffled(start, 4, 10, 0) for start in range(0, 40, 4)])
+    for e in range(4):
+        assert sorted(stream[e * 10:e * 10 + 10].tolist()) == list(range(10))
+    assert stream[:10].tolist() != stream[10:20].tolist()
+    assert torch.equal(torch.cat([train.shuffled(0, 25, 10, 0), train.shuffled(25, 15, 10, 0)]), stream)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, pictures, monkeypatch, capsys):
+    small(monkeypatch, pictures, tmp_path / "run", "--duration", 0.032)
+    before = (tmp_path / "run/ema.pt").read_bytes()
+
+    def poisoned(net, x0, path, t, noise, original=train.disentangled_loss):
+        denoise, deblur = original(net, x0, path, t, noise)
+        poisoned.t.append(t)
+        return (denoise * math.nan if len(poisoned.t) == 3 else denoise), deblur
+    poisoned.t = []
+    monkeypatch.setattr(train, "disentangled_loss", poisoned)
+    refused(capsys, lambda: small(monkeypatch, pictures, tmp_path / "run", "--duration", 0.064), "not finite at step 11")
+    refused_level = f"{poisoned.t[2][0]:.4g}"
+    poisoned.t = []
+    refused(capsys, lambda: small(monkeypatch, pictures, tmp_path / "run", "--duration", 0.064), f"level {refused_level}", "denoise nan")
+    assert (tmp_path / "run/ema.pt").read_bytes() == before
+
+
+def test_log_lines_split_the_loss_by_quartile_of_the_levels():
+    t = torch.exp(-1.2 + 1.2 * torch.tensor([-2., -0.3, 0.3, 2., -2., -0.3, 0.3, 2.]))
+    losses = torch.tensor([[1., 2, 3, 4, 3, 4, 5, 6], [0.] * 8])
+    line = train.summary([(4, t[:4], losses[:, :4]), (8, t[4:], losses[:, 4:])], 4, 0.1, 2., torch.device("cpu"))
+    assert line["denoise_by_level"] == [2, 3, 4, 5] and line["denoise"] == 3.5 and line["deblur"] == 0
+    assert line["step"] == 2 and line["images_per_s"] == 4
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Leaves, the whole way from the command line: what the README's first command does, made short."""
+    out = tmp_path_factory.mktemp("trained")
+    script = [sys.executable, str(ROOT / "train.py"), "--device", "cpu", "--duration", "0.256", "--out", "run", "--sample-steps", "3", "--resolution", "8",
+              "--attention", "4"]
+    subprocess.run(script, cwd=out, check=True, capture_output=True)
+    return out
+
+
+def test_a_run_leaves_what_the_readme_says(trained):
+    names = {f.name for f in (trained / "run").iterdir()}
+    assert names == {"ema.pt", "state.pt", "log.jsonl", "options.json", "grid-000000.png"}
+    assert json.load(open(trained / "run/options.json"))["bnr"] == 0.5
+    checkpoint = torch.load(trained / "run/ema.pt", weights_only=True)
+    assert checkpoint["data"]["name"] == "leaves" and checkpoint["config"]["bnr"] == 0.5 and checkpoint["seen"] == 256
+    assert Image.open(trained / "run/grid-000000.png").size == (8 * 66, 8 * 66)
+
+
+def test_sampling_from_the_command_line(trained, monkeypatch, capsys):
+    def draw(*args):
+        run(monkeypatch, "--ckpt", trained / "run/ema.pt", "--device", "cpu", "--steps", 4, *args, main=sample.main)
+        return capsys.readouterr().out
+    assert "NFE 7" in draw("--seeds", "0-9", "--out", trained / "all/", "--churn", 1)
+    assert sorted(f.name for f in (trained / "all").iterdir()) == [f"{i:06d}.png" for i in range(10)]
+    assert Image.open(trained / "all-grid.png").size == (4 * 66, 3 * 66)
+    draw("--seeds", "7", "--out", trained / "one", "--churn", 1)
+    draw("--seeds", "5,6-7,60-63", "--out", trained / "some", "--churn", 1, "--batch", 2)
+    for other in ("one", "some"):
+        a, b = (np.asarray(Image.open(trained / d / "000007.png")).astype(int) for d in ("all", other))
+        assert abs(a - b).max() <= 1
+    draw("--grid", "--out", trained / "new/grid", "--solver", "multistep")
+    assert (trained / "new/grid-grid.png").exists() and not (trained / "new/grid").exists()
+    draw("--strip", "--out", trained / "film")
+    assert (trained / "film-strip.png").exists()
+    draw("--init", trained / "all/000000.png", "--level", 0.02, "--seeds", "0", "--out", trained / "back")
+    a, b = (np.asarray(Image.open(trained / d / "000000.png")).astype(int) for d in ("all", "back"))
+    assert abs(a - b).mean() < 8                                # a hundredth of the range in, about that out
+
+
+def test_bad_options(trained, pictures, tmp_path, monkeypatch, capsys):
+    go = lambda *args: lambda: run(monkeypatch, "--out", tmp_path / "new", "--device", "cpu", *args)
+    (tmp_path / "empty").mkdir()
+    for args, words in ((["--bnr", "-1"], ["--bnr", "-1"]), (["--bnr", "nan"], ["--bnr", "nan"]), (["--bnr", "inf"], ["cold"]),
+                        (["--bnr", "half"], ["--bnr", "half"]), (["--data", tmp_path / "empty"], ["holds no picture"]),
+                        (["--data", tmp_path / "none"], ["does not exist"]), (["--resolution", "15"], ["15 x 15 do not divide by 2"]),
+                        (["--unknown", "1"], ["--unknown"]), (["--batch", "10", "--batch-gpu", "4"], ["--batch 10", "--batch-gpu 4"]),
+                        (["--device", "tpu"], ["--device", "tpu"]), (["--lr", "nan"], ["--lr"])):
+        refused(capsys, go(*args), *words)
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_run_is_not_overwritten_by_another(trained, tmp_path, monkeypatch, capsys):
+    before = {f: f.read_bytes() for f in (trained / "run").iterdir()}
+    monkeypatch.chdir(trained)
+    refused(capsys, lambda: run(monkeypatch, "--device", "cpu", "--bnr", "0", "--resolution", 8, "--attention", 4), "--bnr 0.5, not 0.0")
+    refused(capsys, lambda: run(monkeypatch, "--device", "cpu"), "--resolution 8, not 16")
+    assert {f: f.read_bytes() for f in (trained / "run").iterdir()} == before
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/state.pt").write_text("hello")
+    refused(capsys, lambda: run(monkeypatch, "--device", "cpu", "--out", tmp_path / "text"), "no checkpoint of this project")
+    assert (tmp_path / "text/state.pt").read_text() == "hello"
+
+
+def test_bad_checkpoints(trained, tmp_path, monkeypatch, capsys):
+    def draw(path, *args):
+        return lambda: run(monkeypatch, "--ckpt", path, "--device", "cpu", "--out", tmp_path / "out", *args, main=sample.main)
+    (tmp_path / "text.pt").write_text("hello")
+    refused(capsys, draw(tmp_path / "text.pt"), "text.pt is no checkpoint")
+    refused(capsys, draw(tmp_path / "none.pt"), "does not exist")
+    checkpoint = torch.load(trained / "run/ema.pt", weights_only=True)
+    for name, change in (("shape", lambda c: c["config"]["unet"].update(channels=32)), ("config", lambda c: c.pop("config")),
+                         ("huge", lambda c: c["config"]["unet"].update(channels=10 ** 6)), ("unknown", lambda c: c["config"]["unet"].update(depth=3))):
+        changed = {**checkpoint, "config": {**checkpoint["config"], "unet": dict(checkpoint["config"]["unet"])}}
+        change(changed)
+        torch.save(changed, tmp_path / f"{name}.pt")
+        refused(capsys, draw(tmp_path / f"{name}.pt"), f"{name}.pt is no model of this project")
+    refused(capsys, draw(trained / "run/ema.pt", "--seeds", "x"), "--seeds")
+    refused(capsys, draw(trained / "run/ema.pt", "--solver", "multistep", "--churn", "3"), "no churn")
+    refused(capsys, draw(trained / "run/ema.pt", "--init", tmp_path / "text.pt"), "no picture that can be read")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_loads_as_it_was_saved(trained):
+    net, checkpoint = load_model(trained / "run/ema.pt")
+    saved = torch.load(trained / "run/ema.pt", weights_only=True)["weights"]
+    assert same(dict(net.state_dict()), saved) and not net.training and checkpoint["data"]["shape"] == [3, 8, 8]
+
+
+def test_grey_pictures_train_and_sample(tmp_path, monkeypatch, capsys):
+    (tmp_path / "grey").mkdir()
+    for i in range(4):
+        Image.fromarray(np.random.RandomState(i).randint(0, 256, (12, 8), dtype=np.uint8)).save(tmp_path / f"grey/{i}.png")
+    small(monkeypatch, tmp_path / "grey", tmp_path / "run", "--duration", 0.016, "--resolution", 0)
+    run(monkeypatch, "--ckpt", tmp_path / "run/ema.pt", "--seeds", 0, "--steps", 2, "--out", tmp_path / "s", "--device", "cpu", main=sample.main)
+    assert Image.open(tmp_path / "s/000000.png").size == (8, 12) and Image.open(tmp_path / "s/000000.png").mode == "L"
+
+
+@pytest.mark.parametrize("script, made", [("degrade.py", "degrade.png"), ("model.py", None), ("loss.py", None), ("data.py --resolution 4", "data.png")])
+def test_every_file_runs_by_itself(tmp_path, script, made):
+    name, *args = script.split()
+    done = subprocess.run([sys.executable, str(ROOT / name), *args], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout and done.stderr == ""
+    assert made is None or Image.open(tmp_path / made).size[0] > 100
+
+
+def test_presets_are_the_recipe():
+    with torch.device("meta"):
+        for name, count in (("cifar10", 55_740_806), ("ffhq64", 61_809_030), ("tiny", None)):
+            kw = {**dict(resolution=32, channels=128, mult=[2, 2, 2], blocks=4, attention=[16], augment=0.12), **train.PRESETS[name]}
+            n = sum(p.numel() for p in UNet(3, 6, kw["channels"], kw["mult"], kw["blocks"], kw["attention"], kw["resolution"],
+                                            augment_dim=9 if kw["augment"] else 0).parameters())
+            assert n == count or name == "tiny" and 3.5e5 < n < 4.5e5
+
+
+SHARED = ROOT.parent / "shared/data/cifar10-train-jpeg.tar.xz"
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the photographs are not beside this checkout")
+def test_photographs_train(tmp_path, monkeypatch):
+    import tarfile
+    folder = tmp_path / "photos"
+    with tarfile.open(SHARED) as tar:
+        for _, member in zip(range(300), tar):
+            if member.isfile():
+                (folder / member.name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / member.name).write_bytes(tar.extractfile(member).read())
+    run(monkeypatch, "--data", folder, "--preset", "tiny", "--duration", 2, "--out", tmp_path / "run", "--device", "cpu", "--log-every", 0.5)
+    lines = [json.loads(l) for l in open(tmp_path / "run/log.jsonl")]
+    assert lines[-1]["denoise"] < 0.95 * lines[0]["denoise"]
+    assert os.path.exists(tmp_path / "run/ema.pt")
