@@ -96,7 +96,7 @@ def main():
     p.add_argument("--out", default="degrade.png", help="the film strip (default degrade.png)")
     args = p.parse_args()
     with p.one_line_errors():
-        x0 = read_picture(args.image, 3, args.resolution, args.resolution) if args.image else leaves(1, args.resolution, seed=1)
+        x0 = read_picture(args.image, 3, args.resolution, args.resolution) if args.image else leaves(1, args.resolution, seed=167)
         x0 = normalize(x0).double()
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         times = [0, 0.1, 0.2, 0.4, 0.7, 1, 2, 4, 8, 16]

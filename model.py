@@ -148,8 +148,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         b, c, h, w = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(b, 3, c, h * w).transpose(2, 3).unsqueeze(2).unbind(1)    # [B, 1, H W, C] each
-        y = F.scaled_dot_product_attention(q, k, v)             # [B, 1, H W, C]
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1)                   # [B, 1, H W, 3 C]
+        y = F.scaled_dot_product_attention(*qkv.chunk(3, dim=3))                                # [B, 1, H W, C]
         y = y[:, 0].transpose(1, 2).reshape(b, c, h, w)         # [B, C, H, W]
         return (x + self.out(y)) * math.sqrt(0.5)
 
