@@ -140,7 +140,7 @@ def load_model(path, device="cpu"):
             raise ValueError("its data have no shape [C, H, W]")
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
         raise UserError(f"{path} is no model of this project, or its weights do not fit its config: {' '.join(str(e).split())[:200]}") from None
-    return net.float().to(device).eval().requires_grad_(False), checkpoint
+    return net.float().to(device, memory_format=torch.channels_last).eval().requires_grad_(False), checkpoint
 
 
 def read_checkpoint(path):
@@ -164,7 +164,7 @@ def draw_strip(states, net, seeds, path):
         # the state is shown divided by sqrt(1 + sigma^2), or its noise would all clip
         rows[f"{seed}: x"] = [x[j] / math.sqrt(1 + net.path.levels(t)[1] ** 2) for t, x, d, r in states]
         rows[f"{seed}: D"] = [d[j] for t, x, d, r in states]
-        rows[f"{seed}: R"] = [r[j] for t, x, d, r in states]
+        rows[f"{seed}: 4 R"] = [4 * r[j] for t, x, d, r in states]                             # small beside D
         rows[f"{seed}: D + R"] = [d[j] + r[j] for t, x, d, r in states]
     film_strip(rows, [f"t = {t:.3g}" for t, *_ in states], path)
 
@@ -204,6 +204,7 @@ def main():
 
 
 def run(args):
+    torch.backends.cudnn.allow_tf32 = False                     # float32 in full: a seed's picture does not see its batch
     out = args.out.rstrip("/") or "samples"
     net, checkpoint = load_model(args.ckpt, args.device)
     shape = checkpoint["data"]["shape"]

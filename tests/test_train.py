@@ -205,6 +205,7 @@ def test_sampling_from_the_command_line(trained, monkeypatch, capsys):
 def test_bad_options(trained, pictures, tmp_path, monkeypatch, capsys):
     go = lambda *args: lambda: run(monkeypatch, "--out", tmp_path / "new", "--device", "cpu", *args)
     (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
     for args, words in ((["--bnr", "-1"], ["--bnr", "-1"]), (["--bnr", "nan"], ["--bnr", "nan"]), (["--bnr", "inf"], ["cold"]),
                         (["--bnr", "half"], ["--bnr", "half"]), (["--data", tmp_path / "empty"], ["holds no picture"]),
                         (["--data", tmp_path / "none"], ["does not exist"]), (["--resolution", "15"], ["15 x 15 do not divide by 2"]),
