@@ -31,7 +31,7 @@ PRESETS = {
     "tiny": dict(resolution=16, channels=24, mult=[1, 2], blocks=1, attention=[8], batch=64, lr=2e-3, dropout=0., augment=0.,
                  duration=60., warmup=3., ema=3., log_every=2., snapshot_every=20.),
 }
-MAY_CHANGE = {"out", "duration", "batch_gpu", "device", "log_every", "snapshot_every", "sample_steps"}      # on resuming
+MAY_CHANGE = {"out", "duration", "batch_gpu", "device", "compile", "log_every", "snapshot_every", "sample_steps"}      # on resuming
 
 
 def options():
@@ -57,6 +57,7 @@ def options():
     a("--seed", type=within(int, 0, 2 ** 31), default=0, help="of the weights, the noise and the order (default 0)")
     a("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu (default: cuda if there is one)")
     a("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the network; auto: bf16 on a GPU that has it (default auto)")
+    a("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the network, a minute or two (default: on a GPU)")
     a("--log-every", type=within(float, 0), default=50., help="kimg between lines of the log (default 50)")
     a("--snapshot-every", type=within(float, 0), default=2500., help="kimg between checkpoints, with a grid (default 2500)")
     a("--sample-steps", type=within(int, 1, 1000), default=18, help="Heun steps of the grid (default 18)")
@@ -93,9 +94,9 @@ def train(args):
               "unet": dict(in_channels=c, out_channels=2 * c, channels=args.channels, mult=args.mult, blocks=args.blocks, resolution=max(h, w),
                            attention=args.attention, dropout=args.dropout, augment_dim=9 if args.augment else 0)}
     torch.manual_seed(args.seed)
-    net = network(config, h, w).to(device)
+    net = network(config, h, w).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8)
+    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
     seen = 0                                                    # pictures, the one measure of progress
     if state:
         if state["data"] != facts:
@@ -104,6 +105,9 @@ def train(args):
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         seen = state["seen"]
+    if args.compile or args.compile is None and device.type == "cuda":
+        net.unet.compile()                                      # in place: the names of its weights stay the raw module's
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True               # fp32 is fp32; the fastest convolutions
     os.makedirs(args.out, exist_ok=True)
     write_options(args, f"{args.out}/options.json")
     log = resumed_log(f"{args.out}/log.jsonl", seen)
