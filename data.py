@@ -175,9 +175,9 @@ def load_cifar10(resolution, folder):
     return Pictures(torch.from_numpy(pictures.copy()), torch.from_numpy(records[:, 0].astype(np.int64)), CIFAR10_CLASSES, "cifar10")
 
 
-def fetch(url, path, algorithm, digest):
+def fetch(url, path, algorithm, digest, otherwise=""):
     """The path of a file with that digest (or whose digest begins so): what is there already, else fetched from url."""
-    by_hand = f"get {url} elsewhere and put it at {path}"
+    by_hand = " ".join(filter(None, [f"get {url} elsewhere and put it at {path}", otherwise]))
     if not path.exists():
         part = Path(f"{path}.part")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,8 @@ PRESETS = {
     "tiny": dict(resolution=16, channels=24, mult=[1, 2], blocks=1, attention=[8], batch=64, lr=2e-3, dropout=0., augment=0.,
                  duration=60., warmup=3., ema=3., log_every=2., snapshot_every=20.),
 }
-MAY_CHANGE = {"out", "duration", "batch_gpu", "device", "compile", "log_every", "snapshot_every", "sample_steps"}      # on resuming
+MAY_CHANGE = {"out", "duration", "batch_gpu", "device", "compile", "log_every", "snapshot_every", "sample_steps",
+              "fid_every", "fid_num", "fid_weights"}      # on resuming
 
 
 def options():
@@ -60,6 +61,9 @@ def options():
     a("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the network, a minute or two (default: on a GPU)")
     a("--log-every", type=within(float, 0), default=50., help="kimg between lines of the log (default 50)")
     a("--snapshot-every", type=within(float, 0), default=2500., help="kimg between checkpoints, with a grid (default 2500)")
+    a("--fid-every", type=within(float, 0), default=0., help="kimg between FIDs of the averaged weights, 0 for none (default 0)")
+    a("--fid-num", type=within(int, 2), default=10000, help="pictures of such an FID, seeds from 0 (default 10000)")
+    a("--fid-weights", help="the FID network's weights (default: fetched once into data/)")
     a("--sample-steps", type=within(int, 1, 1000), default=18, help="Heun steps of the grid (default 18)")
     preset = p.parse_args().preset or ("cifar10" if p.parse_args().data == "cifar10" else "tiny")
     p.set_defaults(**PRESETS[preset], preset=preset)
@@ -113,6 +117,8 @@ def train(args):
     log = resumed_log(f"{args.out}/log.jsonl", seen)
     pictures = resident(data.pictures, device)
 
+    fid = scorer(args, pictures, facts, device) if args.fid_every else None
+
     total = math.ceil(args.duration * 1000 / args.batch) * args.batch
     print(f"{facts['name']}: {n} pictures of {c} x {h} x {w}; {sum(p.numel() for p in net.parameters()):,} parameters, BNR {args.bnr}; "
           f"{device.type}, {'bf16' if bf16 else 'fp32'}, batch {args.batch} as {args.batch // micro} x {micro}"
@@ -151,8 +157,11 @@ def train(args):
         history.append((seen, t, torch.cat(losses, 1)))
         bar.update(args.batch)
         snapshot = crossed(seen, args.batch, args.snapshot_every) or seen >= total
-        if snapshot or crossed(seen, args.batch, args.log_every):
+        scored = crossed(seen, args.batch, args.fid_every)
+        if snapshot or scored or crossed(seen, args.batch, args.log_every):
             line = summary(history, args.batch, lr, time.time() - since, device)                # stops the run at a loss that is not finite
+            if scored:
+                line |= {"fid": round(fid(ema), 4), "fid_num": args.fid_num}
             log.write(json.dumps(line) + "\n")
             log.flush()
             bar.set_postfix(denoise=f"{line['denoise']:.4f}", deblur=f"{line['deblur']:.4f}")
@@ -228,6 +237,19 @@ def peak_memory(device):
 def draw_grid(ema, shape, device, steps, path):
     pictures = torch.cat([to_uint8(x).cpu() for x in generate(ema, shape, range(64), device, steps=steps)])
     save_grid(pictures, path)
+
+
+def scorer(args, pictures, facts, device):
+    """A function that gives the FID of a model's samples against the training pictures, as fid.py computes it."""
+    from fid import drawn_batches, frechet_distance, load_inception, statistics
+    net, digest = load_inception(args.fid_weights, device)
+    ref = statistics(tqdm(pictures.split(256), "reference statistics", unit=" batches"), net, "tf1", digest, facts["name"])
+
+    def fid(ema):
+        batches = drawn_batches(ema, facts["shape"], 0, args.fid_num, device, 256, steps=args.sample_steps)
+        drawn = statistics(batches, net, "tf1", digest, "samples")
+        return frechet_distance(drawn["mu"], drawn["sigma"], ref["mu"], ref["sigma"])
+    return fid
 
 
 def save(checkpoint, path):

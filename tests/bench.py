@@ -8,7 +8,6 @@ over the weights. Both are measured in this one run; compilation and warm-up are
 import argparse
 import copy
 import json
-import os
 import platform
 import sys
 import tempfile

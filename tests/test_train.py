@@ -12,7 +12,7 @@ from PIL import Image
 
 import sample
 import train
-from data import UserError, leaves, normalize
+from data import leaves, normalize
 from degrade import BlurNoisePath
 from loss import disentangled_loss
 from model import Denoiser, UNet
