@@ -70,12 +70,10 @@ def cosines(n, device):
     return c.to(device)
 
 
-@lru_cache(maxsize=None)
-@torch.inference_mode(False)
 def frequencies(h, w, device=None):
     """lam[i, j] = pi^2 (i^2 / h^2 + j^2 / w^2), float64 [h, w]: the Laplacian's eigenvalues at a pixel pitch of 1."""
-    i, j = torch.arange(h, dtype=torch.float64)[:, None] / h, torch.arange(w, dtype=torch.float64) / w
-    return (math.pi ** 2 * (i ** 2 + j ** 2)).to(device)
+    i, j = (torch.arange(n, dtype=torch.float64, device=device) / n for n in (h, w))
+    return math.pi ** 2 * (i[:, None] ** 2 + j ** 2)
 
 
 def spread(level, x):

@@ -31,7 +31,7 @@ def sample(net, path, latents, steps=18, solver="heun", churn=0., t_min=0.002, t
 
 @torch.no_grad()
 def solve(net, path, x, times, solver="heun", churn=0., s_min=0., s_max=math.inf, noise=None, watch=None):
-    """Carry the state x [B, C, H, W] from level times[0] to times[-1] along the probability-flow ODE (2), in float64.
+    """Carry the state x [B, C, H, W] from level times[0] down the falling tensor of times to its last along the probability-flow ODE (2), in float64.
 
     solver: "euler" and "multistep" evaluate net once a step, "heun" twice but for a last step to 0. churn: EDM's S_churn, for levels
     from s_min to s_max, with fresh noise from noise(), unit normal like x. watch(t, x, blurry, residual) sees each step's first

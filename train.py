@@ -7,6 +7,7 @@
 The same command again goes on where it stopped.
 """
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -167,6 +168,8 @@ def train(args):
             bar.set_postfix(denoise=f"{line['denoise']:.4f}", deblur=f"{line['deblur']:.4f}")
             history = []
         if snapshot:
+            if not all(p.isfinite().all() for p in net.parameters()):
+                raise UserError(f"the weights are not finite after step {seen // args.batch}; stopped, the last checkpoint stays: try a lower --lr")
             draw_grid(ema, facts["shape"], device, args.sample_steps, f"{args.out}/grid-{seen // 1000:06d}.png")
             common = {"config": config, "data": facts, "options": vars(args), "seen": seen}
             save({"weights": ema.state_dict(), **common}, ema_path)
@@ -218,7 +221,7 @@ def summary(history, batch, lr, seconds, device):
                         f"deblur {losses[1, i]:g}); stopped, the last checkpoint stays: try a lower --lr, or --precision fp32")
     z = (t.log() + 1.2) / 1.2                                   # unit normal
     quartile = torch.bucketize(z, torch.tensor([-0.6745, 0., 0.6745]))
-    by_level = [[round(l[quartile == q].mean().item(), 5) for q in range(4)] for l in losses]
+    by_level = [[round(l[quartile == q].mean().item(), 5) if (quartile == q).any() else None for q in range(4)] for l in losses]
     return {"kimg": history[-1][0] / 1000, "step": history[-1][0] // batch, "denoise": round(losses[0].mean().item(), 5),
             "deblur": round(losses[1].mean().item(), 5), "denoise_by_level": by_level[0], "deblur_by_level": by_level[1], "lr": lr,
             "images_per_s": round(losses.shape[1] / seconds, 1), "memory_gb": round(peak_memory(device), 2)}
@@ -276,7 +279,11 @@ def resumable(args, state_path, ema_path):
 
 def resumed_log(path, seen):
     """The log, open to go on behind the line of the checkpoint: what a stopped run wrote after that comes again."""
-    kept = [l for l in open(path) if json.loads(l)["kimg"] <= seen / 1000] if os.path.exists(path) else []
+    kept = []
+    if os.path.exists(path):
+        for line in open(path):
+            with contextlib.suppress(ValueError):               # a last line may be torn
+                kept += [line] if json.loads(line)["kimg"] <= seen / 1000 else []
     with open(f"{path}.part", "w") as f:
         f.writelines(kept)
     os.replace(f"{path}.part", path)

@@ -28,6 +28,16 @@ def test_leaves_are_seeded_and_fall_as_photographs_do():
     assert -1.8 < slope < -0.9                                  # 1 / lam is -1; smooth edges at this size make it steeper
 
 
+def test_leaves_have_their_radii_by_the_law():
+    """With one disc, two pixels at a distance d differ where it covers just one of them: 2 (E[pi r^2] - E[lens]) / 9, r of density r^-3."""
+    x, d = leaves(2000, 64, seed=3, discs=1), 0.5
+    differ = (x[..., 32:] != x[..., :32]).any(1).float().mean().item()
+    r = np.linspace(0.25, 1, 10_001)
+    lens = np.where(r > d / 2, 2 * r ** 2 * np.arccos(np.minimum(d / (2 * r), 1)) - d / 2 * np.sqrt(np.maximum(4 * r ** 2 - d ** 2, 0)), 0)
+    expected = np.average(2 * (math.pi * r ** 2 - lens) / 9, weights=r ** -3.)
+    assert differ == pytest.approx(expected, rel=0.1)           # the soft edges, a pixel wide, are 5 % of it
+
+
 def test_leaves_are_opaque_discs_of_flat_colour():
     x = leaves(200, 64).int()
     flat = ((x[..., 1:, 1:] == x[..., :-1, :-1]) & (x[..., 1:, 1:] == x[..., 1:, :-1])).all(1).float().mean()
@@ -96,6 +106,11 @@ def test_pictures_are_cropped_in_the_middle_and_resized(tmp_path):
     assert d.classes == [tmp_path.name]
     with pytest.raises(UserError, match="w.png is not of the first picture's size"):
         load(tmp_path)
+    tall = load(as_folder(tmp_path / "tall", {"t.png": wide.transpose(1, 0, 2)}), 10).pictures
+    assert (tall[:, :, 1:-1, 1:-1] == 200).all()
+    large = noise(40, 40)
+    resized = load(as_folder(tmp_path / "large", {"l.png": large}), 10).pictures[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(resized, np.asarray(Image.fromarray(large).resize((10, 10), Image.Resampling.LANCZOS)))
 
 
 def test_non_square_pictures_stay_as_they_are_and_grey_stays_grey(tmp_path):
@@ -103,6 +118,13 @@ def test_non_square_pictures_stay_as_they_are_and_grey_stays_grey(tmp_path):
     assert grey.pictures.shape == (2, 1, 6, 9)
     mixed = load(as_folder(tmp_path, {"c.png": noise(6, 9)}))
     assert mixed.pictures.shape == (3, 3, 6, 9) and (mixed.pictures[0, 0] == mixed.pictures[0, 2]).all()
+
+
+def test_a_cameras_orientation_is_heeded(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6                                            # to be turned by a quarter, clockwise
+    Image.fromarray(noise(6, 9)).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(load(tmp_path).pictures[0].permute(1, 2, 0).numpy(), np.rot90(noise(6, 9), -1))
 
 
 def test_a_broken_file_is_named_skipped_and_counted(tmp_path, files, capsys):
@@ -207,16 +229,19 @@ def test_a_warp_by_a_right_angle_and_a_whole_shift_are_exact():
     shifted = warp(x, torch.tensor([[[1., 0, 6 / 24], [0, 1, 0]]]))                             # shows what stands 3 pixels to the right
     torch.testing.assert_close(shifted[..., :-3], x[..., 3:], rtol=0, atol=2e-2)
     torch.testing.assert_close(shifted[..., -3:], x[..., -3:].flip(-1), rtol=0, atol=2e-2)      # and reflects at the border
+    rough = torch.randn(1, 1, 8, 12)                            # up and down again loses nothing, of any frequency
+    torch.testing.assert_close(warp(rough, torch.tensor([[[1., 0, 0], [0, 1, 0]]])), rough, rtol=0, atol=1e-4)
 
 
-def test_augmentation_does_what_its_labels_say():
+@pytest.mark.parametrize("h, w", [(48, 48), (48, 64)])
+def test_augmentation_does_what_its_labels_say(h, w):
     """A spot off the centre lands where the labels' own transformations, one after the other, send it, and stretches as they say."""
-    n, size = 400, 48
+    n = 400
     torch.manual_seed(0)
-    pixel = torch.arange(size) + 0.5 - size / 2                 # 0 is the middle
+    across, down = torch.arange(w) + 0.5 - w / 2, (torch.arange(h) + 0.5 - h / 2)[:, None]      # 0 is the middle
     start, radius = torch.tensor([3., -2.]), 3.
-    spot = torch.exp(-((pixel - start[0]) ** 2 + (pixel[:, None] - start[1]) ** 2) / (2 * radius ** 2))
-    out, labels = augment(spot.expand(n, 1, size, size), 1.)
+    spot = torch.exp(-((across - start[0]) ** 2 + (down - start[1]) ** 2) / (2 * radius ** 2))
+    out, labels = augment(spot.expand(n, 1, h, w), 1.)
     checked = 0
     for picture, (flip_x, flip_y, scale, cos1, sin, stretch_c, stretch_s, shift_x, shift_y) in zip(out[:, 0].double(), labels.tolist()):
         turn = lambda c, s: np.array([[c, -s], [s, c]])
@@ -225,15 +250,15 @@ def test_augmentation_does_what_its_labels_say():
         for sign in (1, -1):                                    # wider along its direction or narrower against it: the label is the same
             forward = along @ np.diag([2 ** (0.2 * sign * stretch), 2 ** (-0.2 * sign * stretch)]) @ along.T
             forward = forward @ turn(cos1 + 1, sin) * 2 ** (0.2 * scale) @ np.diag([1 - 2 * flip_x, 1 - 2 * flip_y])
-            middle = forward @ start.numpy() + 0.125 * size * np.array([shift_x, shift_y])
+            middle = forward @ start.numpy() + 0.125 * np.array([w * shift_x, h * shift_y])
             cov = forward @ forward.T * radius ** 2
-            if (abs(middle) + 3.5 * np.sqrt(np.diag(cov)) > size / 2).any():
+            if (abs(middle) + 3.5 * np.sqrt(np.diag(cov)) > np.array([w, h]) / 2).any():
                 break                                           # partly outside, and reflected
             reach = 4 * math.sqrt(np.linalg.eigvalsh(cov)[1])   # of the spot itself: reflections of it may stand further away
-            w = picture * ((pixel - middle[0]) ** 2 + (pixel[:, None] - middle[1]) ** 2 < reach ** 2)
-            w = w / w.sum()
-            mx, my = (w * pixel).sum().item(), (w * pixel[:, None]).sum().item()
-            spread = [(w * (pixel - mx) ** 2).sum().item(), (w * (pixel - mx) * (pixel[:, None] - my)).sum().item()]
+            p = picture * ((across - middle[0]) ** 2 + (down - middle[1]) ** 2 < reach ** 2)
+            p = p / p.sum()
+            mx, my = (p * across).sum().item(), (p * down).sum().item()
+            spread = [(p * (across - mx) ** 2).sum().item(), (p * (across - mx) * (down - my)).sum().item()]
             near.append((mx, my) == pytest.approx(middle, abs=0.1) and spread == pytest.approx([cov[0, 0], cov[0, 1]], rel=0.03, abs=0.2))
         else:
             assert any(near)
@@ -248,6 +273,9 @@ def test_augmentation_happens_as_often_as_asked():
     done = torch.stack([labels[:, 0] != 0, labels[:, 1] != 0, labels[:, 2] != 0, labels[:, 3:5].any(1), labels[:, 5:7].any(1), labels[:, 7:].any(1)])
     assert done.float().mean(1).tolist() == pytest.approx([0.5, 0.06, 0.12, 0.12, 0.12, 0.12], abs=0.012)
     assert labels[labels[:, 2] != 0, 2].std().item() == pytest.approx(1, abs=0.05)
+    assert labels[labels[:, 7:].any(1), 7:].std(0).tolist() == pytest.approx([1, 1], abs=0.05)
+    angle = torch.atan2(labels[:, 4], labels[:, 3] + 1)[labels[:, 3:5].any(1)]
+    assert torch.histc(angle, 8, -math.pi, math.pi).div(len(angle)).tolist() == pytest.approx([1 / 8] * 8, abs=0.03)
     assert (labels[labels[:, 5:7].any(1), 6] == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
     still = (labels[:, 1:] == 0).all(1)                         # flipped or not, its pixels are untouched
     assert torch.equal(out[still & (labels[:, 0] == 0)], x[still & (labels[:, 0] == 0)])

@@ -61,6 +61,20 @@ def test_training_levels_are_log_normal():
     assert z.mean().item() == pytest.approx(-1.2, abs=0.02) and z.std().item() == pytest.approx(1.2, abs=0.02)
 
 
+def test_sigma_data_is_the_weights():
+    x0, noise, net = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4), lambda x, t: (x, x)
+    one, half = (disentangled_loss(net, x0, BlurNoisePath(1), 0.7, noise, sigma_data=sd)[0] for sd in (1., 0.5))
+    torch.testing.assert_close(one / half, torch.full((2,), (0.49 + 1) / 0.49 / ((0.49 + 0.25) / (0.7 * 0.5) ** 2)))
+
+
+def test_levels_are_the_training_levels_unless_given():
+    asked = []
+    torch.manual_seed(1)
+    disentangled_loss(lambda x, t: (asked.append(t), x, x)[1:], torch.zeros(5, 1, 4, 4), BlurNoisePath(0.5))
+    torch.manual_seed(1)
+    assert torch.equal(asked[0], training_levels(5))
+
+
 def test_defaults_draw_from_torchs_global_generator():
     x0, net = torch.randn(4, 3, 8, 8), lambda x, t: (x, x)
     torch.manual_seed(3)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from degrade import BlurNoisePath, blur, idct2
 from exact import power_law
-from model import Attention, Block, Denoiser, UNet, residual_size, sinusoids
+from model import Attention, Block, Denoiser, UNet, build, residual_size, sinusoids
 
 SMALL = dict(channels=16, mult=(1, 2), blocks=1, attention=(8,), resolution=16)
 
@@ -63,6 +63,28 @@ def test_attention_by_hand():
     torch.testing.assert_close(attention(x), (x + y.reshape(x.shape)) / math.sqrt(2), rtol=1e-4, atol=1e-5)
 
 
+def test_unet_by_hand():
+    """The way through the blocks, each of them checked above: embedding, skips, resampling, the last layers."""
+    torch.manual_seed(0)
+    unet, x, c_noise, augment = shaken(UNet(3, 6, **SMALL, augment_dim=9)), torch.randn(2, 3, 16, 16), torch.tensor([0.3, -1.]), torch.randn(2, 9)
+    silu = lambda x: x * torch.sigmoid(x)
+    emb = sinusoids(c_noise, 16) + augment @ unet.from_augment.weight.T
+    for layer in (unet.embed[0], unet.embed[2]):
+        emb = silu(emb @ layer.weight.T + layer.bias)
+    block = lambda b, *x: b(torch.cat(x, 1), emb)
+    e, d, m = unet.encoder, unet.decoder, unet.middle
+    a = unet.first(x)
+    b = block(e[0], a)
+    c = block(e[1], b)                                          # to 8 x 8
+    f = block(e[2], c)
+    y = block(m[1], block(m[0], f))
+    y = block(d[1], block(d[0], y, f), c)
+    y = block(d[2], y)                                          # back to 16 x 16
+    y = block(d[4], block(d[3], y, b), a)
+    y = F.conv2d(silu(F.group_norm(y, 4, unet.last_norm.weight, unet.last_norm.bias, 1e-6)), unet.last.weight, unet.last.bias, padding=1)
+    torch.testing.assert_close(unet(x, c_noise, augment), y, rtol=1e-4, atol=1e-5)
+
+
 def test_sinusoids():
     s = sinusoids(torch.tensor([0.7, -2.]), 128)
     for k in range(64):
@@ -78,6 +100,10 @@ def test_initialisation_is_edms():
                                          (unet.middle[0].attention.qkv, 256, 768, math.sqrt(0.2)), (unet.middle[0].attention.out, 256, 256, 1e-5)):
         assert layer.weight.abs().max().item() == pytest.approx(bound(layer, fan_in, fan_out, gain), rel=0.02)
         assert layer.bias.abs().max() == 0
+    for layer in (unet.embed[0], unet.embed[2], unet.encoder[0].from_emb, unet.from_augment):
+        assert layer.weight.abs().max().item() == pytest.approx(math.sqrt(6 / sum(layer.weight.shape)), rel=0.02)
+        assert layer.bias is None or layer.bias.abs().max() == 0
+    assert all(m.eps == 1e-6 for m in unet.modules() if isinstance(m, torch.nn.GroupNorm))
 
 
 def test_attention_is_where_edm_has_it():
@@ -110,6 +136,18 @@ def test_dropout_only_in_training():
     assert not torch.equal(unet(x, torch.zeros(1)), unet(x, torch.zeros(1)))
 
 
+def test_dropout_comes_before_the_second_convolution():
+    block = shaken(Block(8, 8, 4, dropout=1 - 1e-6)).train()    # which then has nothing but its bias to add
+    x = torch.randn(1, 8, 4, 4)
+    torch.testing.assert_close(block(x, torch.randn(1, 4)), (x + block.conv2.bias[:, None, None]) * math.sqrt(0.5))
+
+
+def test_a_config_builds_what_it_says():
+    config = {"bnr": 2., "sigma_data": 0.3, "unet": dict(in_channels=1, out_channels=2, **SMALL, dropout=0.2)}
+    net = build({**config, "unet": dict(config["unet"])})
+    assert (net.path.bnr, net.sigma_data, net.unet.out_channels, net.unet.encoder[0].dropout) == (2, 0.3, 2, 0.2)
+
+
 def test_augmentation_labels_reach_the_network_and_zero_means_none():
     torch.manual_seed(0)
     unet, x = shaken(UNet(3, 6, **SMALL, augment_dim=9)), torch.randn(1, 3, 16, 16)
@@ -127,14 +165,15 @@ class Constant(torch.nn.Module):
         return torch.cat([torch.full_like(x, 1.), torch.full_like(x, 2.)], 1)
 
 
-@pytest.mark.parametrize("bnr", [0, 0.5, 2])
-def test_preconditioning_by_hand(bnr):
-    net, x, sd = Denoiser(Constant(), BlurNoisePath(bnr)), torch.randn(2, 3, 8, 8), 0.5
+@pytest.mark.parametrize("bnr, sd", [(0, 0.5), (0.5, 0.5), (2, 0.5), (2, 0.3)])
+def test_preconditioning_by_hand(bnr, sd):
+    net, x = Denoiser(Constant(), BlurNoisePath(bnr), sd), torch.randn(2, 3, 8, 8)
     for t in (1.5, torch.tensor([0.02, 40.])):
         d, r = net(x, t)
         for i, s in enumerate(torch.as_tensor(t).expand(2).tolist()):
             total = s ** 2 + sd ** 2
             torch.testing.assert_close(d[i], sd ** 2 / total * x[i] + s * sd / math.sqrt(total))
+            torch.testing.assert_close(r[i], 2 * sd * residual_size(bnr * s, x).float().expand_as(r[i]))
             torch.testing.assert_close(net.unet.asked[0][i], x[i] / math.sqrt(total))
             assert net.unet.asked[1][i].item() == pytest.approx(math.log(s) / 4, abs=1e-6)
     assert (r == 0).all() == (bnr == 0)

@@ -70,7 +70,7 @@ def edm_algorithm_2(denoise, latents, steps, churn, noises):
     return x
 
 
-@pytest.mark.parametrize("churn", [0, 5])
+@pytest.mark.parametrize("churn", [0, 5, 40])
 def test_bnr_0_with_heun_is_edms_algorithm_2(churn):
     latents = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     noises = torch.randn(18, 2, 3, 8, 8, dtype=torch.float64)
@@ -162,6 +162,14 @@ def test_multistep_is_exact_where_the_estimate_is_linear():
     y = torch.stack([m(v) / v for v in q.tolist()])
     estimate = torch.stack([dct2(net(x, v)[0])[0, 0] for v in ((q[1:] * q[:-1]).sqrt()).tolist()])
     torch.testing.assert_close(dct2(ours), first / 3 * 1.5 + 1.5 * (estimate * y.diff(dim=0)).sum(0), rtol=1e-6, atol=1e-6)
+
+
+def test_multisteps_last_step_is_the_estimate_itself():
+    x, last = torch.randn(1, 1, 4, 4, dtype=torch.float64), []
+    net = lambda x, t: (x.sin().float(), x.cos().float())
+    ours = solve(net, BlurNoisePath(0.5), x, torch.tensor([3., 1., 0.]), "multistep", watch=lambda t, x, d, r: last.append((d, r)))
+    assert ours.dtype == last[-1][0].dtype == torch.float64     # whatever type the network answers in
+    assert torch.equal(ours, sum(last[-1]))
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])

@@ -103,14 +103,56 @@ def test_a_run_cut_between_checkpoints_repeats_from_the_last(tmp_path, pictures,
     assert [json.loads(l)["step"] for l in open(tmp_path / "cut/log.jsonl")] == [4, 8, 12, 16, 20, 24]
 
 
-def test_accumulation_changes_nothing_but_rounding(tmp_path, pictures, monkeypatch):
-    small(monkeypatch, pictures, tmp_path / "whole", "--duration", 0.016)
-    small(monkeypatch, pictures, tmp_path / "parts", "--duration", 0.016, "--batch-gpu", 1)
+@pytest.mark.parametrize("extra", [[], ["--augment", "1"]])
+def test_accumulation_changes_nothing_but_rounding(tmp_path, pictures, monkeypatch, extra):
+    small(monkeypatch, pictures, tmp_path / "whole", "--duration", 0.016, *extra)
+    small(monkeypatch, pictures, tmp_path / "parts", "--duration", 0.016, "--batch-gpu", 1, *extra)
     logs = [json.loads(open(tmp_path / d / "log.jsonl").readline()) for d in ("whole", "parts")]
     assert logs[0]["denoise"] == pytest.approx(logs[1]["denoise"], rel=1e-4)
     a, b = weights(tmp_path / "whole", "state.pt")[1]["optimizer"]["state"], weights(tmp_path / "parts", "state.pt")[1]["optimizer"]["state"]
     first = [torch.cat([s["exp_avg"].flatten() for s in state.values()]) for state in (a, b)]
     assert (first[0] - first[1]).norm() < 1e-3 * first[0].norm()
+
+
+def test_a_step_is_the_recipes(tmp_path, pictures, monkeypatch):
+    """The first step by hand: what is drawn, the gradient of the loss summed over pixels and averaged over the batch, Adam, the average."""
+    drawn = []
+
+    def watched(net, x0, path, t, noise, original=train.disentangled_loss):
+        drawn.append((x0, t, noise))
+        return original(net, x0, path, t, noise)
+    monkeypatch.setattr(train, "disentangled_loss", watched)
+    asked = []
+    monkeypatch.setattr(train, "augment", lambda x, p, original=train.augment: asked.append((x, p)) or original(x, p))
+    grids = []
+    monkeypatch.setattr(train, "draw_grid", lambda net, *a: grids.append((net.training, {k: v.clone() for k, v in net.state_dict().items()})))
+    small(monkeypatch, pictures, tmp_path, "--duration", 0.008, "--augment", 0.3, "--snapshot-every", 0.004, "--seed", 3, "--bnr", 2, "--lr", 1e-2)
+    (x0, t, noise), (_, t2, noise2) = drawn
+    assert not torch.equal(t, t2) and not torch.equal(noise, noise2)                            # each step has draws of its own
+    assert asked[0][1] == 0.3 and asked[0][0].min() >= -1 and asked[0][0].max() <= 1
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["config"]["unet"] == dict(in_channels=3, out_channels=6, channels=8, mult=[1, 2], blocks=1, attention=[4], dropout=0.0,
+                                           augment_dim=9, resolution=8)
+    assert state["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.999) and state["optimizer"]["param_groups"][0]["eps"] == 1e-8
+    small(monkeypatch, pictures, tmp_path / "one", "--duration", 0.004, "--augment", 0.3, "--seed", 3, "--bnr", 2, "--lr", 1e-2)
+    state = torch.load(tmp_path / "one/state.pt", weights_only=True)
+    torch.manual_seed(3)
+    net = train.build(state["config"])
+    labels = []
+    torch.manual_seed(3 * 1_000_003)
+    labels = train.augment(asked[0][0], 0.3)[1]
+    losses = disentangled_loss(lambda x, t: net(x, t, labels), x0, net.path, t, noise)
+    (sum(losses).sum() * 192 / 4).backward()
+    moments = state["optimizer"]["state"]
+    before = dict(net.named_parameters())
+    assert labels.any() and before["unet.from_augment.weight"].grad.any()
+    for i, (name, p) in enumerate(before.items()):
+        torch.testing.assert_close(moments[i]["exp_avg"], 0.1 * p.grad, rtol=1e-3, atol=1e-7)
+    ema = torch.load(tmp_path / "one/ema.pt", weights_only=True)["weights"]
+    for k, v in state["net"].items():                           # half-life 4 / 20 pictures after 4 of them
+        torch.testing.assert_close(ema[k], before[k].detach() + (1 - 0.5 ** (4 / 0.2)) * (v - before[k].detach()), rtol=1e-5, atol=1e-7)
+        assert torch.equal(ema[k], state["ema"][k]) and torch.equal(grids[-1][1][k], ema[k])
+    assert not any(training for training, _ in grids) and any(not torch.equal(ema[k], state["net"][k]) for k in ema)
 
 
 def test_the_average_has_its_half_life_in_pictures(tmp_path, pictures, monkeypatch):
@@ -154,12 +196,33 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     assert (tmp_path / "run/ema.pt").read_bytes() == before
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, pictures, monkeypatch, capsys):
+    small(monkeypatch, pictures, tmp_path / "run", "--duration", 0.032)
+    before = (tmp_path / "run/ema.pt").read_bytes()
+
+    def burst(net, x0, path, t, noise, original=train.disentangled_loss):
+        denoise, deblur = original(net, x0, path, t, noise)
+        return denoise + (denoise - denoise.detach()).clamp(min=0).sqrt(), deblur              # finite, but its slope is not
+    monkeypatch.setattr(train, "disentangled_loss", burst)
+    refused(capsys, lambda: small(monkeypatch, pictures, tmp_path / "run", "--duration", 0.036), "weights are not finite after step 9")
+    assert (tmp_path / "run/ema.pt").read_bytes() == before
+
+
+def test_a_torn_log_line_is_dropped(tmp_path, pictures, monkeypatch):
+    small(monkeypatch, pictures, tmp_path / "run", "--duration", 0.032)
+    with open(tmp_path / "run/log.jsonl", "a") as f:
+        f.write('{"kimg": 0.0')
+    small(monkeypatch, pictures, tmp_path / "run", "--duration", 0.064)
+    assert [json.loads(line)["step"] for line in open(tmp_path / "run/log.jsonl")] == [4, 8, 12, 16]
+
+
 def test_log_lines_split_the_loss_by_quartile_of_the_levels():
-    t = torch.exp(-1.2 + 1.2 * torch.tensor([-2., -0.3, 0.3, 2., -2., -0.3, 0.3, 2.]))
+    t = torch.exp(-1.2 + 1.2 * torch.tensor([-0.75, -0.6, 0.6, 0.75, -2., -0.3, 0.3, 2.]))
     losses = torch.tensor([[1., 2, 3, 4, 3, 4, 5, 6], [0.] * 8])
     line = train.summary([(4, t[:4], losses[:, :4]), (8, t[4:], losses[:, 4:])], 4, 0.1, 2., torch.device("cpu"))
     assert line["denoise_by_level"] == [2, 3, 4, 5] and line["denoise"] == 3.5 and line["deblur"] == 0
     assert line["step"] == 2 and line["images_per_s"] == 4
+    assert train.summary([(1, t[:1], losses[:, :1])], 1, 0.1, 2., torch.device("cpu"))["denoise_by_level"] == [1, None, None, None]
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +256,10 @@ def test_sampling_from_the_command_line(trained, monkeypatch, capsys):
     for other in ("one", "some"):
         a, b = (np.asarray(Image.open(trained / d / "000007.png")).astype(int) for d in ("all", other))
         assert abs(a - b).max() <= 1
+    draw("--seeds", "7", "--out", trained / "calm")
+    draw("--seeds", "7", "--out", trained / "late", "--churn", 1, "--s-max", 0.1)
+    different = {(trained / d / "000007.png").read_bytes() for d in ("one", "calm", "late")}
+    assert len(different) == 3
     draw("--grid", "--out", trained / "new/grid", "--solver", "multistep")
     assert (trained / "new/grid-grid.png").exists() and not (trained / "new/grid").exists()
     draw("--strip", "--out", trained / "film")
@@ -269,7 +336,19 @@ def test_every_file_runs_by_itself(tmp_path, script, made):
     assert made is None or Image.open(tmp_path / made).size[0] > 100
 
 
-def test_presets_are_the_recipe():
+@pytest.mark.parametrize("preset, recipe", [
+    ("cifar10", dict(batch=512, lr=1e-3, warmup=10_000, duration=200_000, dropout=0.13, augment=0.12, ema=500, sample_steps=18, bnr=0.5)),
+    ("ffhq64", dict(batch=256, lr=2e-4, warmup=10_000, duration=200_000, dropout=0.05, augment=0.15, ema=500, sample_steps=40, resolution=64)),
+    ("church128", dict(batch=256, lr=2e-4, warmup=10_000, duration=200_000, dropout=0.1, augment=0, ema=500, sample_steps=40, resolution=128)),
+    ("tiny", dict(batch=64, lr=2e-3, warmup=3, duration=60, dropout=0, augment=0, ema=3, resolution=16))])
+def test_presets_are_the_recipes_table(monkeypatch, preset, recipe):
+    for flags in (["--preset", preset], ["--data", "cifar10"] if preset == "cifar10" else ["--preset", preset, "--data", "x"]):
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+        chosen = vars(train.options()[1])
+        assert {k: chosen[k] for k in recipe} == recipe and chosen["preset"] == preset
+
+
+def test_presets_have_the_papers_sizes():
     with torch.device("meta"):
         for name, count in (("cifar10", 55_740_806), ("ffhq64", 61_809_030), ("tiny", None)):
             kw = {**dict(resolution=32, channels=128, mult=[2, 2, 2], blocks=4, attention=[16], augment=0.12), **train.PRESETS[name]}
