@@ -6,6 +6,7 @@
 """
 import hashlib
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -17,8 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Options, UserError, decode, device, fetch, load, picture_files, to_uint8, within
-from sample import generate, load_model
+from data import Options, UserError, decode, fetch, load, picture_files, to_uint8, within
+from sample import generate, load_model, sampler, sampler_options
 
 WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d"
@@ -372,19 +373,14 @@ def main():
     p.add_argument("--ckpt", help="in place of samples: draw them from this model, ema.pt of train.py")
     p.add_argument("--num", type=within(int, 2), default=50000, help="pictures to score, at most (default 50000)")
     p.add_argument("--draws", type=within(int, 1), default=3, help="with --ckpt: how many times, each from seeds of its own (default 3)")
-    p.add_argument("--steps", type=within(int, 1, 10000), default=18, help="with --ckpt: steps of the sampler (default 18)")
-    p.add_argument("--solver", choices=["euler", "heun", "multistep"], default="heun", help="with --ckpt: default heun")
-    p.add_argument("--churn", type=within(float, 0, 1e6), default=0., help="with --ckpt: EDM's S_churn (default 0)")
+    sampler_options(p)
     p.add_argument("--batch", type=within(int, 1), default=256, help="pictures at a time (default 256)")
     p.add_argument("--weights", help="the network's weights, a file of the published port's layout (default: fetched once into data/)")
     p.add_argument("--resize", choices=["tf1", "pytorch"], default="tf1", help="tf1: the original's and EDM's; pytorch: pytorch-fid's (default tf1)")
     p.add_argument("--json", action="store_true", help="print JSON")
-    p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu (default: cuda if there is one)")
     args = p.parse_args()
     if (args.samples is None) == (args.ckpt is None):
         p.error("give either samples or --ckpt")
-    if args.solver == "multistep" and args.churn:
-        p.error("multistep takes no churn: use --solver heun or euler")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:                # under torchrun
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -402,20 +398,22 @@ def score(args):
     net, digest = load_inception(args.weights, args.device)
     if ranks() > 1 and rank() == 0:
         dist.barrier()
-    model = args.ckpt and load_model(args.ckpt, args.device)
+    options, nfe = sampler(args)
+    model = args.ckpt and load_model(args.ckpt, args.device, args.precision, args.compile)
     ref = known(args.ref, net, args.resize, digest, args.batch, keep="data")
     if model:
-        shape, source = model[1]["data"]["shape"], args.ckpt
-        draws = [statistics(drawn_batches(model[0], shape, i * args.num, args.num, args.device, args.batch, steps=args.steps, solver=args.solver,
-                                          churn=args.churn), net, args.resize, digest, source, args.batch) for i in range(args.draws)]
+        draws = []
+        for i in range(args.draws):
+            batches = drawn_batches(model[0], model[1]["data"]["shape"], i * args.num, args.num, args.device, args.batch, **options)
+            draws.append(statistics(batches, net, args.resize, digest, args.ckpt, args.batch))
     else:
         draws = [known(args.samples, net, args.resize, digest, args.batch, args.num)]
     fids = [frechet_distance(d["mu"], d["sigma"], ref["mu"], ref["sigma"]) for d in draws]
     result = {"fid": min(fids), "samples": draws[0]["source"], "generated": draws[0]["num"], "reference": ref["source"],
               "reference_num": ref["num"], "resize": args.resize, "weights_sha256": digest}
     if model:
-        result.update(draws=fids, mean=float(np.mean(fids)), std=float(np.std(fids, ddof=1)) if len(fids) > 1 else None, steps=args.steps,
-                      solver=args.solver, churn=args.churn)
+        result.update(draws=fids, mean=float(np.mean(fids)), std=float(np.std(fids, ddof=1)) if len(fids) > 1 else None, nfe=nfe,
+                      precision=args.precision, **{k: v for k, v in options.items() if v != math.inf})
     return result
 
 
@@ -434,7 +432,7 @@ def report(r, as_json):
     if "draws" in r:
         spread = f" +- {r['std']:.4f}" if r["std"] is not None else ""
         print(f"draws {', '.join(f'{f:.4f}' for f in r['draws'])}; lowest {r['fid']:.4f} (the paper's convention), mean {r['mean']:.4f}{spread}")
-        print(f"sampler {r['solver']}, {r['steps']} steps, churn {r['churn']:g}")
+        print(f"sampler {r['solver']}, {r['steps']} steps, NFE {r['nfe']}, churn {r['churn']:g}, {r['precision']}")
     print(f"FID {r['fid']:.4f}   {count(r['generated'])} pictures of {r['samples']} against {count(r['reference_num'])} of {r['reference']}; "
           f"resize {r['resize']}, weights {r['weights_sha256'][:8]}")
 
