@@ -221,7 +221,7 @@ def load_files(path, resolution):
             arrays.append(image)
             parents.append(PurePosixPath(name).parent.name)
     except (zipfile.BadZipFile, tarfile.TarError, OSError, EOFError) as e:
-        raise UserError(f"{path} is no folder, zip or tar that can be read: {e}") from None
+        raise UserError(f"{path} is no folder, zip or tar that can be read ({type(e).__name__})") from None
     if skipped:
         print(f"{path}: {len(skipped)} broken files skipped", file=sys.stderr)
     if not arrays:
@@ -242,6 +242,8 @@ def picture_files(path):
                 for f in files]
     if not path.exists():
         raise UserError(f"{path} does not exist; --data takes leaves, cifar10, or a folder, zip or tar of pictures")
+    if is_picture(path.name):
+        raise UserError(f"{path} is one picture: give the folder it is in")
     if zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)
         names = [inside(path, i.filename) for i in archive.infolist() if not i.is_dir()]
@@ -268,10 +270,20 @@ def is_picture(name):
 
 def decode(data, resolution):
     """A picture file's bytes -> uint8 [H, W] (grey) or [H, W, 3]."""
-    image = Image.open(io.BytesIO(data))
-    image = ImageOps.exif_transpose(image)
-    image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+    image = upright(io.BytesIO(data))
     return np.array(fit(image, resolution, resolution) if resolution else image)
+
+
+def upright(file):
+    """A picture file -> an image of mode L (grey) or RGB, turned as its camera was, on white where it is transparent."""
+    image = ImageOps.exif_transpose(Image.open(file))
+    if image.mode.startswith("I"):                              # 16 bits of grey, which Pillow would clip
+        return Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    grey = image.mode in ("1", "L", "LA")
+    if "A" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if grey else "RGB")
 
 
 def fit(image, width, height):
@@ -285,7 +297,7 @@ def fit(image, width, height):
 def read_picture(path, channels, height, width):
     """One picture file, cropped and resized -> uint8 [1, channels, height, width]. Raises UserError."""
     try:
-        image = fit(ImageOps.exif_transpose(Image.open(path)).convert("L" if channels == 1 else "RGB"), width, height)
+        image = fit(upright(path).convert("L" if channels == 1 else "RGB"), width, height)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as e:                                      # Pillow's decoders raise nearly anything for a broken file
@@ -297,7 +309,14 @@ def read_picture(path, channels, height, width):
 def save_picture(pixels, path):
     """uint8 [C, H, W] (1 or 3 channels) -> an image file."""
     array = pixels.cpu().permute(1, 2, 0).numpy()
-    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(path)
+    write(Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array), path)
+
+
+def write(image, path):
+    try:
+        image.save(path)
+    except ValueError as e:                                     # Pillow knows the format by the ending
+        raise UserError(f"{path} cannot be written ({e}): end it in .png") from None
 
 
 def save_grid(pictures, path, columns=None):
@@ -327,7 +346,7 @@ def film_strip(rows, columns, path):
         draw.text((2, top + i * (h + gap) + h // 2 - 6), text, fill="black")
         for j, cell in enumerate(row):
             canvas.paste(Image.fromarray(cell.expand(3, -1, -1).permute(1, 2, 0).numpy()), (left + j * (w + gap), top + i * (h + gap)))
-    canvas.save(path)
+    write(canvas, path)
 
 
 class Options(argparse.ArgumentParser):
@@ -340,17 +359,19 @@ class Options(argparse.ArgumentParser):
     def one_line_errors(self):
         try:
             yield
-        except (UserError, OSError) as e:
+        except UserError as e:
             self.error(e)
+        except OSError as e:
+            self.error(f"{e.filename}: {e.strerror}" if e.filename else e)
 
 
 def within(kind, low, high=math.inf):
     """An argparse type: a number of that kind from low to high, which NaN is not."""
     def parse(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return kind(text)
-    parse.__name__ = kind.__name__
+        with contextlib.suppress(ValueError, OverflowError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number from {low} to {high}")
     return parse
 
 

@@ -90,7 +90,7 @@ def main():
     from data import Options, film_strip, leaves, normalize, read_picture, within
     p = Options(description="Draw the forward process: a row for each BNR, a column for each level.")
     p.add_argument("--image", help="a picture of your own; default: dead leaves made here")
-    p.add_argument("--resolution", type=within(int, 2), default=32, help="side in pixels (default 32)")
+    p.add_argument("--resolution", type=within(int, 2, 1024), default=32, help="side in pixels (default 32)")
     p.add_argument("--out", default="degrade.png", help="the film strip (default degrade.png)")
     args = p.parse_args()
     with p.one_line_errors():

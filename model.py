@@ -167,7 +167,10 @@ def sinusoids(c_noise, n):
 
 
 def group_norm(channels):
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    groups = min(32, channels // 4)
+    if channels % groups:
+        raise ValueError(f"a width of {channels} does not divide into {groups} groups: take a multiple of 4, and of 32 above 128")
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 def conv(cin, cout, size, scale=1.):

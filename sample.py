@@ -132,6 +132,8 @@ def generate(net, shape, seeds, device, batch=64, init=None, level=None, steps=1
 def load_model(path, device="cpu", precision="fp32", compiled=False):
     """A checkpoint of train.py -> its Denoiser in eval mode, and the checkpoint's other entries. Raises UserError."""
     checkpoint = read_checkpoint(path)
+    if "net" in checkpoint:
+        raise UserError(f"{path} is what a run resumes from: take the ema.pt beside it")
     try:
         with torch.device("meta"):                              # nothing is allocated or initialised before the shapes are known to fit
             net = build(checkpoint["config"])
@@ -154,8 +156,8 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: train a model with train.py first") from None
-    except Exception as e:                                      # zip, pickle and torch each have errors of their own
-        raise UserError(f"{path} is no checkpoint of this project: {str(e).splitlines()[0][:120]}") from None
+    except Exception:                                           # zip, pickle and torch each have errors of their own
+        raise UserError(f"{path} is no checkpoint of this project, or is damaged") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} is no checkpoint of this project: it holds a {type(checkpoint).__name__}")
     return checkpoint
@@ -178,10 +180,11 @@ def seed_list(text):
     """0-63 or 1,5,7-9 -> the seeds."""
     seeds = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        seeds += range(int(first), int(last or first) + 1)
-    if not seeds:
-        raise argparse.ArgumentTypeError(f"{text} names no seed; write 0-63 or 1,5,7-9")
+        first, *last = part.split("-", 1)
+        last = last[0] if last else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 2 ** 63):
+            raise argparse.ArgumentTypeError(f"{text!r} names no seeds; write 0-63 or 1,5,7-9")
+        seeds += range(int(first), int(last) + 1)
     return seeds
 
 
@@ -214,22 +217,27 @@ def main():
     p.add_argument("--strip", action="store_true", help="write the film strip of the first three seeds alone")
     sampler_options(p)
     p.add_argument("--init", help="start from this picture, degraded to --level")
-    p.add_argument("--level", type=within(float, 0.01, 80), default=1., help="noise level that --init is degraded to (default 1)")
+    p.add_argument("--level", type=within(float, 0.01, 80), help="noise level that --init is degraded to (default 1)")
     p.add_argument("--batch", type=within(int, 1), default=64, help="pictures at a time (default 64)")
     args = p.parse_args()
+    if args.level and not args.init:
+        p.error("--level is for --init: the level your own picture is degraded to")
     with p.one_line_errors():
         run(args)
 
 
 def run(args):
     torch.backends.cudnn.allow_tf32 = False                     # float32 in full: a seed's picture does not see its batch
-    out = args.out.rstrip("/") or "samples"
+    out = args.out.rstrip("/")
+    if os.path.basename(out) in ("", ".", ".."):
+        out = os.path.abspath(args.out)                         # grid and strip bear the folder's name
     options, nfe = sampler(args)
     net, checkpoint = load_model(args.ckpt, args.device, args.precision, args.compile)
     shape = checkpoint["data"]["shape"]
     seeds, batch = (args.seeds[:3], 3) if args.strip else (args.seeds, args.batch)
     init = normalize(read_picture(args.init, *shape)) if args.init else None
 
+    os.makedirs(os.path.dirname(out) or "." if args.grid or args.strip else out, exist_ok=True)
     bar = tqdm(total=nfe * math.ceil(len(seeds) / batch), unit=" evaluations")
 
     def counted(x, t):
@@ -239,18 +247,14 @@ def run(args):
     states = []
     watch = (lambda *state: states.append(state)) if args.strip else None
     shown, done = [], 0
-    for x in generate(counted, shape, seeds, args.device, batch, init, args.level, watch=watch, **options):
+    for x in generate(counted, shape, seeds, args.device, batch, init, args.level or 1., watch=watch, **options):
         pictures = to_uint8(x).cpu()
         if not (args.grid or args.strip):
-            os.makedirs(out, exist_ok=True)
             for seed, picture in zip(seeds[done:], pictures):
                 save_picture(picture, f"{out}/{seed:06d}.png")
         shown += pictures[:256 - len(shown)]
         done += len(pictures)
     bar.close()
-    parent = os.path.dirname(out)
-    if parent:
-        os.makedirs(parent, exist_ok=True)
     if args.strip:
         draw_strip(states, net, seeds, f"{out}-strip.png")
     else:

@@ -37,7 +37,7 @@ MAY_CHANGE = {"out", "duration", "batch_gpu", "device", "compile", "log_every", 
 
 
 def options():
-    p = Options(description="Train a blur-noise mixture diffusion model.")
+    p = Options(description="Train a blur-noise mixture diffusion model. The defaults named are the cifar10 preset's.")
     a = p.add_argument
     a("--data", default="leaves", help="leaves, cifar10, or a folder, zip or tar of pictures (default leaves)")
     a("--bnr", type=bnr, default=0.5, help="blur-to-noise ratio, pixels of blur for a unit of noise; 0 is EDM (default 0.5)")
@@ -72,9 +72,9 @@ def options():
 
 
 def bnr(text):
-    if math.isinf(value := within(float, 0)(text)):
+    if text == "inf":
         raise argparse.ArgumentTypeError("cold models (inf) cannot be trained yet")
-    return value
+    return within(float, 0, 1e6)(text)
 
 
 def main():
@@ -183,9 +183,12 @@ def network(config, h, w):
     try:
         net = build(config)
         net.unet.check(h, w)
-        return net
     except ValueError as e:
         raise UserError(f"{e}: choose --resolution, --mult or --channels to fit") from None
+    sizes = [max(h, w) >> level for level in range(len(config["unet"]["mult"]))]
+    if not set(config["unet"]["attention"]) <= set(sizes):
+        raise UserError(f"--attention {config['unet']['attention']} is at none of the levels' sizes, {sizes}: choose among them, or none")
+    return net
 
 
 def shuffled(start, count, n, seed):

@@ -1,6 +1,7 @@
 """How fast: training and sampling beside the same network run as EDM's loop runs it, and where a step's time goes.
 
-    python tests/bench.py                  # the tiny preset on a CPU, the paper's on a GPU
+    python tests/bench.py                              # the tiny preset on a CPU, the paper's on a GPU
+    python tests/bench.py --channels 32 --blocks 2     # or anything else of train.py's options
 
 The baseline is fp32 with TF32 off, eager, channels first, pictures loaded one by one through a DataLoader, Adam and the average looped
 over the weights. Both are measured in this one run; compilation and warm-up are left out of the rates.
@@ -129,11 +130,10 @@ def main():
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--preset", choices=train.PRESETS, help="default: cifar10 on a GPU, tiny on a CPU")
     p.add_argument("--augment", type=float, default=0.12, help="augmentation, on in every preset here (default 0.12)")
-    p.add_argument("--batch", type=int, help="default: the preset's")
-    a = p.parse_args()
+    a, others = p.parse_known_args()
     device = torch.device(a.device)
     gpu = device.type == "cuda"
-    args = options("--preset", a.preset or ("cifar10" if gpu else "tiny"), "--augment", a.augment, "--device", a.device, *(["--batch", a.batch] if a.batch else []))
+    args = options("--preset", a.preset or ("cifar10" if gpu else "tiny"), "--augment", a.augment, "--device", a.device, *others)
     steps = 20
     size = args.resolution
     data = Pictures(torch.randint(0, 256, (20_000, 3, size, size), dtype=torch.uint8), torch.zeros(20_000, dtype=torch.long), [""], "random")

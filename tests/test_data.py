@@ -127,6 +127,23 @@ def test_a_cameras_orientation_is_heeded(tmp_path):
     assert np.array_equal(load(tmp_path).pictures[0].permute(1, 2, 0).numpy(), np.rot90(noise(6, 9), -1))
 
 
+def test_deep_and_transparent_pictures_are_read_as_they_look(tmp_path):
+    deep = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert np.array_equal(load(tmp_path).pictures[0, 0].numpy(), deep // 256)
+    clear = np.dstack([noise(8, 8), np.zeros((8, 8), np.uint8)])
+    clear[:4, :, 3] = 255
+    (tmp_path / "rgba").mkdir()
+    Image.fromarray(clear).save(tmp_path / "rgba/clear.png")
+    seen = load(tmp_path / "rgba").pictures[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(seen[:4], clear[:4, :, :3]) and (seen[4:] == 255).all()
+
+
+def test_pictures_are_written_by_their_ending(tmp_path):
+    with pytest.raises(UserError, match="end it in .png"):
+        save_grid(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), tmp_path / "grid.text")
+
+
 def test_a_broken_file_is_named_skipped_and_counted(tmp_path, files, capsys):
     files["a/0.png"] = png(noise(8, 8))[:60]
     d = load(as_folder(tmp_path, files))

@@ -277,7 +277,9 @@ def test_bad_options(trained, pictures, tmp_path, monkeypatch, capsys):
                         (["--bnr", "half"], ["--bnr", "half"]), (["--data", tmp_path / "empty"], ["holds no picture"]),
                         (["--data", tmp_path / "none"], ["does not exist"]), (["--resolution", "15"], ["15 x 15 do not divide by 2"]),
                         (["--unknown", "1"], ["--unknown"]), (["--batch", "10", "--batch-gpu", "4"], ["--batch 10", "--batch-gpu 4"]),
-                        (["--device", "tpu"], ["--device", "tpu"]), (["--lr", "nan"], ["--lr"])):
+                        (["--device", "tpu"], ["--device", "tpu"]), (["--lr", "nan"], ["--lr"]),
+                        (["--channels", "10"], ["30", "multiple of 4"]), (["--attention", "7"], ["--attention [7]", "[16, 8]"]),
+                        (["--data", Path(pictures) / "0.png"], ["is one picture"]), (["--duration", "x"], ["'x' is no number"])):
         refused(capsys, go(*args), *words)
         assert not (tmp_path / "new").exists()
 
@@ -307,7 +309,12 @@ def test_bad_checkpoints(trained, tmp_path, monkeypatch, capsys):
         change(changed)
         torch.save(changed, tmp_path / f"{name}.pt")
         refused(capsys, draw(tmp_path / f"{name}.pt"), f"{name}.pt is no model of this project")
-    refused(capsys, draw(trained / "run/ema.pt", "--seeds", "x"), "--seeds")
+    for seeds in ("x", "-3", "5-2,7", "1-", "9" * 30):
+        refused(capsys, draw(trained / "run/ema.pt", f"--seeds={seeds}"), "--seeds", "write 0-63")
+    refused(capsys, draw(trained / "run/state.pt"), "take the ema.pt")
+    refused(capsys, draw(trained / "run/ema.pt", "--level", 2), "--level is for --init")
+    monkeypatch.setattr(sample, "generate", lambda *a, **kw: pytest.fail("drew before it looked where to write"))
+    refused(capsys, lambda: run(monkeypatch, "--ckpt", trained / "run/ema.pt", "--device", "cpu", "--out", tmp_path / "text.pt", main=sample.main), "exists")
     refused(capsys, draw(trained / "run/ema.pt", "--solver", "multistep", "--churn", "3"), "no churn")
     refused(capsys, draw(trained / "run/ema.pt", "--init", tmp_path / "text.pt"), "no picture that can be read")
     assert not (tmp_path / "out").exists()
@@ -323,7 +330,7 @@ def test_grey_pictures_train_and_sample(tmp_path, monkeypatch, capsys):
     (tmp_path / "grey").mkdir()
     for i in range(4):
         Image.fromarray(np.random.RandomState(i).randint(0, 256, (12, 8), dtype=np.uint8)).save(tmp_path / f"grey/{i}.png")
-    small(monkeypatch, tmp_path / "grey", tmp_path / "run", "--duration", 0.016, "--resolution", 0)
+    small(monkeypatch, tmp_path / "grey", tmp_path / "run", "--duration", 0.016, "--resolution", 0, "--attention")
     run(monkeypatch, "--ckpt", tmp_path / "run/ema.pt", "--seeds", 0, "--steps", 2, "--out", tmp_path / "s", "--device", "cpu", main=sample.main)
     assert Image.open(tmp_path / "s/000000.png").size == (8, 12) and Image.open(tmp_path / "s/000000.png").mode == "L"
 
