@@ -2,7 +2,7 @@
 
     python fid.py samples/ --ref cifar10                                  # pictures on disk against the training set
     python fid.py --ckpt run/ema.pt --ref cifar10 --num 50000             # sample and score, three draws, no files
-    torchrun --nproc_per_node=8 fid.py --ckpt run/ema.pt --ref cifar10    # on eight GPUs
+    torchrun --nproc_per_node=8 -- fid.py --ckpt run/ema.pt --ref cifar10 # on eight GPUs
 """
 import hashlib
 import json

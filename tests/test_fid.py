@@ -312,3 +312,23 @@ def test_a_checkpoint_is_sampled_and_scored(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     drawn = json.loads(run(monkeypatch, capsys, "samples", "--ref", "ref.npy", "--json").out)
     assert drawn["fid"] == pytest.approx(result["draws"][1], rel=1e-4)
+
+
+def share_of_statistics(rank, port, pictures, result):
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mu, cov = features(pictures[rank::2].split(7), lambda p: p.flatten(1).float() + 100, 5)
+    if rank == 1:
+        np.savez(result, mu=mu, cov=cov)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_share_the_work(tmp_path):
+    """Each takes every other picture, and each has the statistics of all."""
+    import socket
+    pictures = torch.randint(0, 256, (101, 3, 2, 2), dtype=torch.uint8)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(share_of_statistics, (port, pictures, str(tmp_path / "r.npz")), nprocs=2)
+    shared, f = np.load(tmp_path / "r.npz"), pictures.flatten(1).double().numpy() + 100
+    assert np.allclose(shared["mu"], f.mean(0), rtol=1e-12) and np.allclose(shared["cov"], np.cov(f, rowvar=False), rtol=1e-10, atol=1e-8)
