@@ -82,6 +82,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, pictures, monkeypatc
     small(monkeypatch, pictures, tmp_path / "parts", "--duration", 0.096, *extra)
     for name in ("ema.pt", "state.pt"):
         assert same(weights(tmp_path / "whole", name)[0], weights(tmp_path / "parts", name)[0])
+    unet = weights(tmp_path / "whole")[1]["config"]["unet"]
+    assert (unet["dropout"], unet["augment_dim"]) == ((0.3, 9) if extra else (0, 0))
     logs = [[json.loads(l) for l in open(tmp_path / d / "log.jsonl")] for d in ("whole", "parts")]
     assert [l["step"] for l in logs[0]] == [l["step"] for l in logs[1]] == [4, 8, 12, 16, 20, 24]
     assert [l["denoise"] for l in logs[0]] == [l["denoise"] for l in logs[1]]
