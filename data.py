@@ -90,8 +90,8 @@ def augment(x, p):
     # a point of the result -> the point of the picture it shows: the inverses of shift, stretch, rotation and scale
     wide = torch.diag_embed((0.2 * torch.stack([-stretch, stretch], 1)).exp2())
     inverse = (-0.2 * scale).exp2()[:, None, None] * turn(-angle) @ turn(direction) @ wide @ turn(-direction)       # [B, 2, 2]
-    half = torch.tensor([x.shape[-1] / 2, x.shape[-2] / 2], device=device)                      # affine_grid's units, in pixels
-    inverse = inverse * half / half[:, None]
+    inverse[:, 0, 1] *= x.shape[-2] / x.shape[-1]               # from pixels to affine_grid's units, half a side each
+    inverse[:, 1, 0] *= x.shape[-1] / x.shape[-2]
     theta = torch.cat([inverse, -inverse @ (0.25 * shift)[:, :, None]], 2)                      # 1/8 of the side is 1/4 of its half
     moved = warp(x, theta).to(x.dtype)
     still = (labels[:, 2:] == 0).all(1)
@@ -237,11 +237,11 @@ def load_files(path, resolution):
 def picture_files(path):
     """Pairs of a picture's name, folders included, and a function that reads its bytes. Archives are never unpacked to disk."""
     if path.is_dir():
-        files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in SUFFIXES and f.is_file()]
+        files = [f for f in sorted(path.rglob("*")) if is_picture(f.name) and f.is_file()]
         return [((path.name / f.relative_to(path)).as_posix() if f.parent == path else f.relative_to(path).as_posix(), f.read_bytes)
                 for f in files]
     if not path.exists():
-        raise UserError(f"{path} does not exist; --data takes leaves, cifar10, or a folder, zip or tar of pictures")
+        raise UserError(f"{path} does not exist: give leaves, cifar10, or a folder, zip or tar of pictures")
     if is_picture(path.name):
         raise UserError(f"{path} is one picture: give the folder it is in")
     if zipfile.is_zipfile(path):
@@ -353,7 +353,8 @@ class Options(argparse.ArgumentParser):
     """argparse that answers what a user got wrong with one line and exit code 2."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+        first = os.environ.get("RANK", "0") == "0"              # under torchrun one process speaks for all
+        self.exit(2, f"{self.prog}: {message}\n" if first else None)
 
     @contextlib.contextmanager
     def one_line_errors(self):

@@ -163,6 +163,11 @@ def read_checkpoint(path):
     return checkpoint
 
 
+def no_tf32():
+    """float32 in full: a seed's picture does not see its batch."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def draw_strip(states, net, seeds, path):
     """states: (t, x, D, R) along the way -> a film strip of at most ten columns, four rows a seed."""
     states = [states[round(i)] for i in np.linspace(0, len(states) - 1, min(10, len(states)))]
@@ -190,7 +195,7 @@ def seed_list(text):
 
 def sampler_options(p):
     a = p.add_argument
-    a("--steps", type=within(int, 1, 10000), default=18, help="steps; Heun evaluates the network 2 steps - 1 times (default 18)")
+    a("--steps", type=within(int, 1, 10000), help="steps; Heun evaluates the network 2 steps - 1 times (default: the model's preset's, 18 or 40)")
     a("--solver", choices=["euler", "heun", "multistep"], default="heun", help="default heun")
     a("--churn", type=within(float, 0, 1e6), default=0., help="EDM's S_churn: fresh noise before each step (default 0)")
     a("--s-min", type=within(float, 0), default=0., help="churn from this level (default 0)")
@@ -200,12 +205,13 @@ def sampler_options(p):
     a("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu (default: cuda if there is one)")
 
 
-def sampler(args):
+def sampler(args, checkpoint):
     """The sampler's options as keywords of generate, and its network evaluations. Raises UserError."""
     if args.solver == "multistep" and args.churn:
         raise UserError("multistep takes no churn: use --solver heun or euler")
-    nfe = 2 * args.steps - 1 if args.solver == "heun" else args.steps
-    return dict(steps=args.steps, solver=args.solver, churn=args.churn, s_min=args.s_min, s_max=args.s_max), nfe
+    steps = args.steps or checkpoint.get("options", {}).get("sample_steps", 18)
+    nfe = 2 * steps - 1 if args.solver == "heun" else steps
+    return dict(steps=steps, solver=args.solver, churn=args.churn, s_min=args.s_min, s_max=args.s_max), nfe
 
 
 def main():
@@ -227,12 +233,12 @@ def main():
 
 
 def run(args):
-    torch.backends.cudnn.allow_tf32 = False                     # float32 in full: a seed's picture does not see its batch
+    no_tf32()
     out = args.out.rstrip("/")
     if os.path.basename(out) in ("", ".", ".."):
         out = os.path.abspath(args.out)                         # grid and strip bear the folder's name
-    options, nfe = sampler(args)
     net, checkpoint = load_model(args.ckpt, args.device, args.precision, args.compile)
+    options, nfe = sampler(args, checkpoint)
     shape = checkpoint["data"]["shape"]
     seeds, batch = (args.seeds[:3], 3) if args.strip else (args.seeds, args.batch)
     init = normalize(read_picture(args.init, *shape)) if args.init else None
@@ -260,7 +266,7 @@ def run(args):
     else:
         save_grid(torch.stack(shown), f"{out}-grid.png")
     written = f"{out}-strip.png" if args.strip else f"{out}-grid.png" if args.grid else f"{out}/ and {out}-grid.png"
-    print(f"{len(seeds)} pictures, {args.solver} {args.steps} steps, NFE {nfe}: {written}")
+    print(f"{len(seeds)} pictures, {args.solver} {options['steps']} steps, NFE {nfe}: {written}")
 
 
 if __name__ == "__main__":

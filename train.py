@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data import Options, UserError, augment, device, load, normalize, save_grid, to_uint8, within
 from loss import disentangled_loss, training_levels
 from model import build
-from sample import generate, read_checkpoint
+from sample import generate, no_tf32, read_checkpoint
 
 # The options' defaults are the paper's for CIFAR-10 (EDM's DDPM++ recipe); a preset is what differs from them.
 PRESETS = {
@@ -85,7 +85,7 @@ def main():
 
 def train(args):
     device = torch.device(args.device)
-    bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     micro = min(args.batch_gpu or args.batch, args.batch)
     if args.batch % micro:
         raise UserError(f"--batch {args.batch} is no multiple of --batch-gpu {micro}")
@@ -112,13 +112,14 @@ def train(args):
         seen = state["seen"]
     if args.compile or args.compile is None and device.type == "cuda":
         net.unet.compile()                                      # in place: the names of its weights stay the raw module's
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True               # fp32 is fp32; the fastest convolutions
+    no_tf32()
+    torch.backends.cudnn.benchmark = True                       # the fastest convolutions
     os.makedirs(args.out, exist_ok=True)
     write_options(args, f"{args.out}/options.json")
     log = resumed_log(f"{args.out}/log.jsonl", seen)
     pictures = resident(data.pictures, device)
 
-    fid = scorer(args, pictures, facts, device) if args.fid_every else None
+    fid = scorer(args, pictures, facts, device, bf16) if args.fid_every else None
 
     total = math.ceil(args.duration * 1000 / args.batch) * args.batch
     print(f"{facts['name']}: {n} pictures of {c} x {h} x {w}; {sum(p.numel() for p in net.parameters()):,} parameters, BNR {args.bnr}; "
@@ -136,7 +137,7 @@ def train(args):
             group["lr"] = lr
 
         # the whole batch is drawn at once: what is drawn does not depend on --batch-gpu
-        x0 = normalize(pictures[shuffled(seen, args.batch, n, args.seed).to(pictures.device)].to(device))        # [B, C, H, W]
+        x0 = normalize(take(pictures, shuffled(seen, args.batch, n, args.seed), device))        # [B, C, H, W]
         x0, labels = augment(x0, args.augment) if args.augment else (x0, None)
         t, noise = training_levels(args.batch, device), torch.randn_like(x0)
 
@@ -153,14 +154,15 @@ def train(args):
         seen += args.batch
 
         halflife = min(args.ema * 1000, seen * 0.05)            # EDM's ramp-up: early averages are short
-        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - 0.5 ** (args.batch / max(halflife, 1e-8)))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - 0.5 ** (args.batch / max(halflife, 1e-8)))
 
         history.append((seen, t, torch.cat(losses, 1)))
         bar.update(args.batch)
         snapshot = crossed(seen, args.batch, args.snapshot_every) or seen >= total
         scored = crossed(seen, args.batch, args.fid_every)
         if snapshot or scored or crossed(seen, args.batch, args.log_every):
-            line = summary(history, args.batch, lr, time.time() - since, device)                # stops the run at a loss that is not finite
+            line = summary(history, args.batch, lr, since, device)    # stops the run at a loss that is not finite
             if scored:
                 line |= {"fid": round(fid(ema), 4), "fid_num": args.fid_num}
             log.write(json.dumps(line) + "\n")
@@ -203,20 +205,28 @@ def epoch(e, n, seed):
 
 
 def resident(pictures, device):
-    """The uint8 set on the training device if it takes less than half of what is free there, else pinned in host memory."""
-    if device.type != "cuda":
-        return pictures
-    return pictures.to(device) if pictures.numel() < torch.cuda.mem_get_info(device)[0] / 2 else pictures.pin_memory()
+    """The uint8 set on the training device if it takes less than half of what is free there, else where it is."""
+    return pictures.to(device) if device.type == "cpu" or pictures.numel() < torch.cuda.mem_get_info(device)[0] / 2 else pictures
+
+
+def take(pictures, index, device):
+    """pictures[index] on the device; from the host by pinned memory, which a GPU need not be waited for."""
+    if device.type == "cpu":
+        return pictures[index]
+    if pictures.device.type == "cpu":
+        return pictures[index].pin_memory().to(device, non_blocking=True)
+    return pictures[index.pin_memory().to(device, non_blocking=True)]
 
 
 def crossed(seen, batch, kimg):
     return kimg > 0 and seen // (kimg * 1000) > (seen - batch) // (kimg * 1000)
 
 
-def summary(history, batch, lr, seconds, device):
+def summary(history, batch, lr, since, device):
     """A log line of the steps since the last: both terms, whole and by quartile of the training levels, lowest first."""
     t = torch.cat([t for _, t, _ in history]).cpu()
     losses = torch.cat([l for _, _, l in history], 1).cpu()     # [2, steps * batch]
+    seconds = time.time() - since                               # behind the copies, which wait for the device
     bad = (~losses.isfinite()).any(0).nonzero().flatten()
     if len(bad):
         i = bad[0].item()
@@ -245,7 +255,7 @@ def draw_grid(ema, shape, device, steps, path):
     save_grid(pictures, path)
 
 
-def scorer(args, pictures, facts, device):
+def scorer(args, pictures, facts, device, bf16):
     """A function that gives the FID of a model's samples against the training pictures, as fid.py computes it."""
     from fid import drawn_batches, frechet_distance, load_inception, statistics
     net, digest = load_inception(args.fid_weights, device)
@@ -253,7 +263,8 @@ def scorer(args, pictures, facts, device):
 
     def fid(ema):
         batches = drawn_batches(ema, facts["shape"], 0, args.fid_num, device, 256, steps=args.sample_steps)
-        drawn = statistics(batches, net, "tf1", digest, "samples")
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):                         # InceptionV3 stays in fp32
+            drawn = statistics(batches, net, "tf1", digest, "samples")
         return frechet_distance(drawn["mu"], drawn["sigma"], ref["mu"], ref["sigma"])
     return fid
 
