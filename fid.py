@@ -9,6 +9,8 @@ import json
 import math
 import os
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +21,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Options, UserError, decode, fetch, load, picture_files, to_uint8, within
-from sample import generate, load_model, sampler, sampler_options
+from sample import generate, load_model, no_tf32, sampler, sampler_options
 
 WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d"
 WIDTH = 2048                                                    # of the features
+VERSION = 1                                                     # of how pictures are read and resized: another keeps its own statistics
 
 
 def frechet_distance(mu1, cov1, mu2, cov2):
@@ -48,26 +51,35 @@ def features(pictures, net, batch=256):
 
     The features themselves are not kept. In a process group each process gives its share of the pictures and all get the result.
     """
-    n = 0
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for part in (p for chunk in pictures for p in chunk.split(batch)):
+    n, mean, outer = 0, torch.zeros(1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    for part in (p for chunk in pictures for p in chunk.split(batch)):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False):
             f = net(part).double()
-            if n == 0:                                          # sums are taken around a point near the mean, or digits would cancel
-                shift, total, outer = f.mean(0), torch.zeros_like(f[0]), f.new_zeros(f.shape[1], f.shape[1])
-                if dist.is_initialized():
-                    dist.broadcast(shift, 0)
-            f = f - shift
-            n, total, outer = n + len(f), total + f.sum(0), outer + f.T @ f
+        if n == 0:                                              # sums are taken around a point near the mean, or digits would cancel
+            shift, total, outer = f.mean(0), torch.zeros_like(f[0]), f.new_zeros(f.shape[1], f.shape[1])
+        f = f - shift
+        n, total, outer = n + len(f), total + f.sum(0), outer + f.T @ f
+    if n:
+        mean, outer = shift + total / n, outer - torch.outer(total, total) / n
+    if ranks() > 1:
+        n, mean, outer = merged(n, mean, outer)
     if n == 0:
         raise UserError("there are no pictures to take statistics of")
-    if dist.is_initialized():
-        n = torch.tensor(n, device=total.device)
-        for x in (n, total, outer):
-            dist.all_reduce(x)
-        n = n.item()
     if n < 2:
         raise UserError("one picture has no covariance: give at least two")
-    return (shift + total / n).cpu().numpy(), ((outer - torch.outer(total, total) / n) / (n - 1)).cpu().numpy()
+    return mean.cpu().numpy(), (outer / (n - 1)).cpu().numpy()
+
+
+def merged(n, mean, outer):
+    """Counts, means and scatter matrices of every process -> those of all; a process may have had no pictures."""
+    each = [None] * ranks()
+    dist.all_gather_object(each, (n, mean.cpu(), outer.cpu()))
+    each = [e for e in each if e[0]]
+    if not each:
+        return n, mean, outer
+    n = sum(m for m, _, _ in each)
+    mean = sum(m * mu for m, mu, _ in each) / n
+    return n, mean, sum(o + m * torch.outer(mu - mean, mu - mean) for m, mu, o in each)
 
 
 class InceptionV3(nn.Module):
@@ -251,12 +263,16 @@ def statistics(batches, net, resize, digest, source, batch=256):
 def entries(spec):
     """(name, function that gives a uint8 array [H, W], [H, W, 1] or [H, W, 3]) of every picture; a list, but for a tar."""
     path = Path(spec)
-    if spec == "cifar10" or path.suffix in (".npy", ".npz"):
-        pictures = load(spec).pictures.permute(0, 2, 3, 1).numpy() if spec == "cifar10" else read_array(path)
+    if spec in ("cifar10", "leaves") or path.suffix in (".npy", ".npz"):
+        pictures = read_array(path) if path.suffix else load(spec).pictures.permute(0, 2, 3, 1).numpy()
         return [(f"picture {i}", lambda i=i: pictures[i]) for i in range(len(pictures))]
     found = picture_files(path)
     decoded = ((name, lambda read=read: decode(read(), None)) for name, read in found)
     return list(decoded) if isinstance(found, list) else decoded
+
+
+def count_of(found):
+    return len(found) if isinstance(found, list) else sum(1 for _ in found)
 
 
 def read_array(path):
@@ -276,9 +292,16 @@ def read_array(path):
 
 
 def read_batches(spec, num=None, batch=256):
-    """Uint8 batches [B, 3, H, W] of a folder, zip, tar, .npy, .npz or cifar10: num by a fixed draw, or all; this rank's share of them."""
+    """Uint8 batches [B, 3, H, W] of a folder, zip, tar, .npy, .npz, cifar10 or leaves: num by a fixed draw, or all; this rank's share."""
+    try:
+        yield from read_share(spec, num, batch)
+    except (zipfile.BadZipFile, tarfile.TarError, OSError, EOFError) as e:
+        raise UserError(f"{spec} is no folder, zip or tar that can be read ({type(e).__name__})") from None
+
+
+def read_share(spec, num, batch):
     found = entries(spec)
-    total = len(found) if isinstance(found, list) else sum(1 for _ in found)
+    total = count_of(found)
     chosen = np.random.RandomState(0).permutation(total)[:num]
     wanted = set(np.sort(chosen)[rank()::ranks()].tolist())
     bar, waiting = tqdm(desc=str(spec), total=len(wanted), unit=" pictures", disable=rank() > 0), []
@@ -311,12 +334,13 @@ def known(spec, net, resize, digest, batch, num=None, keep=None):
                 if saved.get(what, now) != now:
                     raise UserError(f"{spec} was made with {what} {saved[what]}, not {now}: they do not compare")
             return saved
-    kept = keep and Path(keep) / f"fid-{path.stem}-{hashlib.sha256(repr((fingerprint(spec), resize, digest)).encode()).hexdigest()[:12]}.npz"
+    key = repr((VERSION, fingerprint(spec), resize, digest))
+    kept = keep and Path(keep) / f"fid-{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npz"
     if kept and kept.exists():
         return read_statistics(kept)
     source = "cifar10, training split" if spec == "cifar10" else str(spec)
     stats = statistics(read_batches(spec, num, batch), net, resize, digest, source, batch)
-    if kept and rank() == 0:
+    if kept and rank() == 0 and stats["num"] == count_of(entries(spec)):                        # or a file could not be read this time
         kept.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{kept}.part", "wb") as f:
             np.savez(f, **stats)
@@ -342,7 +366,7 @@ def read_statistics(path):
 
 def fingerprint(spec):
     """What a kept statistic is of: the path and the names, sizes and times of its files."""
-    if spec == "cifar10":
+    if spec in ("cifar10", "leaves"):
         return spec
     path = Path(spec).resolve()
     files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
@@ -369,7 +393,7 @@ def ranks():
 def main():
     p = Options(description="The Frechet Inception distance of pictures on disk, or of a model's, to a reference.")
     p.add_argument("samples", nargs="?", help="a folder, zip, tar, .npy or .npz of pictures, cifar10, or saved statistics (.npz)")
-    p.add_argument("--ref", required=True, help="the reference, likewise; its statistics are kept in data/ and reused")
+    p.add_argument("--ref", required=True, help="the reference, likewise, or leaves; its statistics are kept in data/ and reused")
     p.add_argument("--ckpt", help="in place of samples: draw them from this model, ema.pt of train.py")
     p.add_argument("--num", type=within(int, 2), default=50000, help="pictures to score, at most (default 50000)")
     p.add_argument("--draws", type=within(int, 1), default=3, help="with --ckpt: how many times, each from seeds of its own (default 3)")
@@ -378,12 +402,12 @@ def main():
     p.add_argument("--weights", help="the network's weights, a file of the published port's layout (default: fetched once into data/)")
     p.add_argument("--resize", choices=["tf1", "pytorch"], default="tf1", help="tf1: the original's and EDM's; pytorch: pytorch-fid's (default tf1)")
     p.add_argument("--json", action="store_true", help="print JSON")
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:                                # before anything opens the first GPU
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     args = p.parse_args()
     if (args.samples is None) == (args.ckpt is None):
         p.error("give either samples or --ckpt")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:                # under torchrun
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     with p.one_line_errors():
         report(score(args), args.json)
@@ -392,14 +416,16 @@ def main():
 
 
 def score(args):
-    torch.backends.cudnn.allow_tf32 = False
+    no_tf32()
     if rank() > 0:
         dist.barrier()                                          # the first fetches for all
     net, digest = load_inception(args.weights, args.device)
     if ranks() > 1 and rank() == 0:
+        for spec in {args.samples, args.ref} & {"cifar10", "leaves"}:
+            load(spec)
         dist.barrier()
-    options, nfe = sampler(args)
     model = args.ckpt and load_model(args.ckpt, args.device, args.precision, args.compile)
+    options, nfe = sampler(args, model[1]) if model else ({}, 0)
     ref = known(args.ref, net, args.resize, digest, args.batch, keep="data")
     if model:
         draws = []
@@ -409,6 +435,8 @@ def score(args):
     else:
         draws = [known(args.samples, net, args.resize, digest, args.batch, args.num)]
     fids = [frechet_distance(d["mu"], d["sigma"], ref["mu"], ref["sigma"]) for d in draws]
+    if rank() == 0 and any("resize" not in d for d in (ref, *draws)):
+        print("warning: a statistics file does not say by which resize rule and weights it was made", file=sys.stderr)
     result = {"fid": min(fids), "samples": draws[0]["source"], "generated": draws[0]["num"], "reference": ref["source"],
               "reference_num": ref["num"], "resize": args.resize, "weights_sha256": digest}
     if model:
@@ -432,7 +460,8 @@ def report(r, as_json):
     if "draws" in r:
         spread = f" +- {r['std']:.4f}" if r["std"] is not None else ""
         print(f"draws {', '.join(f'{f:.4f}' for f in r['draws'])}; lowest {r['fid']:.4f} (the paper's convention), mean {r['mean']:.4f}{spread}")
-        print(f"sampler {r['solver']}, {r['steps']} steps, NFE {r['nfe']}, churn {r['churn']:g}, {r['precision']}")
+        churn = f"churn {r['churn']:g} from {r['s_min']:g} to {r.get('s_max', math.inf):g}" if r["churn"] else "no churn"
+        print(f"sampler {r['solver']}, {r['steps']} steps, NFE {r['nfe']}, {churn}, {r['precision']}")
     print(f"FID {r['fid']:.4f}   {count(r['generated'])} pictures of {r['samples']} against {count(r['reference_num'])} of {r['reference']}; "
           f"resize {r['resize']}, weights {r['weights_sha256'][:8]}")
 

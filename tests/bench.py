@@ -75,7 +75,7 @@ def edms_training(args, net, data, steps, device):
     """Pictures a second of the same network and loss in a loop like EDM's."""
     net, ema = copy.deepcopy(net).train(), copy.deepcopy(net).eval()
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8, foreach=False)
-    micro = args.batch if device.type == "cpu" else min(args.batch, 128)
+    micro = args.batch if device.type == "cpu" else min(args.batch, 128)                        # fp32 needs the memory
     loader = iter(torch.utils.data.DataLoader(OneByOne(data.pictures), micro, num_workers=1, prefetch_factor=2, pin_memory=device.type == "cuda"))
     for i in range(steps + 1):
         if i == 1:
@@ -95,7 +95,7 @@ def edms_training(args, net, data, steps, device):
             for a, b in zip(ema.parameters(), net.parameters()):
                 a.copy_(b.detach().lerp(a, 0.999))
     synchronize(device)
-    return steps * args.batch / (time.perf_counter() - start)
+    return steps * (args.batch // micro * micro) / (time.perf_counter() - start)
 
 
 def shares(args, net, data, device, bf16, repeat):
@@ -110,15 +110,20 @@ def shares(args, net, data, device, bf16, repeat):
     kept = {}
 
     def forward():
+        kept.clear()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             kept["loss"] = sum(disentangled_loss(lambda x, t: net(x, t, labels), x0, net.path, t, noise)).sum()
 
     def both():
         forward()
         kept["loss"].backward()
+
+    @torch.no_grad()
+    def lerp():
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 0.01)
     parts = {"data": lambda: normalize(pictures[index()].to(device)), "augmentation": lambda: args.augment and augment(x0, args.augment),
              "blur and noise": lambda: degrade(x0, t, net.path, noise), "forward": forward, "backward": both, "optimizer": optimizer.step,
-             "average": lambda: torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 0.01)}
+             "average": lerp}
     result = {name: seconds(f, device, repeat) for name, f in parts.items()}
     result["backward"] -= result["forward"]
     result["forward"] -= result["blur and noise"]
@@ -137,7 +142,7 @@ def main():
     steps = 20
     size = args.resolution
     data = Pictures(torch.randint(0, 256, (20_000, 3, size, size), dtype=torch.uint8), torch.zeros(20_000, dtype=torch.long), [""], "random")
-    bf16 = gpu and torch.cuda.is_bf16_supported()
+    bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
 
     ours = our_training(args, data, steps)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

@@ -213,6 +213,10 @@ def test_a_changed_reference_is_not_taken_for_the_kept_one(folder, tmp_path, mon
     run(monkeypatch, capsys, folder, "--ref", folder)
     (folder / "6.png").write_bytes(png(np.zeros((16, 16, 3), np.uint8)))
     assert json.loads(run(monkeypatch, capsys, folder, "--ref", folder, "--json").out)["reference_num"] == 7
+    (folder / "7.png").write_bytes((folder / "6.png").read_bytes()[:40])                        # a file that cannot be read this time
+    kept = set(Path("data").iterdir())
+    assert json.loads(run(monkeypatch, capsys, folder, "--ref", folder, "--json").out)["reference_num"] == 7
+    assert set(Path("data").iterdir()) == kept                  # is no reason to keep what there is without it
 
 
 def collected(spec, *args):
@@ -252,12 +256,14 @@ def test_what_cannot_be_scored_is_one_line(folder, weights, tmp_path, monkeypatc
     np.save("floats.npy", np.zeros((4, 8, 8, 3)))
     np.savez("small.npz", mu=np.zeros(10), sigma=np.zeros((10, 10)))
     np.savez("objects.npz", mu=np.array([{}], dtype=object), sigma=np.zeros((2048, 2048)))
+    Path("notes.txt").write_text("no archive")
     np.savez("nan.npz", mu=np.full(12, np.nan), sigma=np.zeros((12, 12)))
     torch.save({"conv.weight": torch.zeros(1)}, "other.pth")
     with monkeypatch.context() as m:
         small_net(m)
         for args, words in ((["empty", "--ref", folder], "no pictures"), (["one", "--ref", folder], "one picture has no covariance"),
                             (["none", "--ref", folder], "does not exist"), (["none.npy", "--ref", folder], "does not exist"),
+                            (["notes.txt", "--ref", folder], "no folder, zip or tar"), ([folder, "--ref", "notes.txt"], "no folder, zip or tar"),
                             (["broken.npz", "--ref", folder], "cannot be read"), (["floats.npy", "--ref", folder], "not uint8"),
                             ([folder, "--ref", "small.npz"], "not finite [12]"), ([folder, "--ref", "objects.npz"], "cannot be read"),
                             ([folder, "--ref", "nan.npz"], "not finite"), (["--ref", folder], "either samples or --ckpt"),
@@ -317,13 +323,17 @@ def test_a_checkpoint_is_sampled_and_scored(tmp_path, monkeypatch, capsys):
 def share_of_statistics(rank, port, pictures, result):
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     mu, cov = features(pictures[rank::2].split(7), lambda p: p.flatten(1).float() + 100, 5)
+    alone = features([pictures] if rank == 1 else [], lambda p: p.flatten(1).float() + 100)
+    assert all(np.allclose(a, b) for a, b in zip(alone, (mu, cov)))
+    with pytest.raises(UserError, match="one picture"):
+        features([pictures[:1]] if rank == 0 else [], lambda p: p.flatten(1).float())
     if rank == 1:
         np.savez(result, mu=mu, cov=cov)
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_share_the_work(tmp_path):
-    """Each takes every other picture, and each has the statistics of all."""
+    """Each takes every other picture, and each has the statistics of all; a process without pictures has them too."""
     import socket
     pictures = torch.randint(0, 256, (101, 3, 2, 2), dtype=torch.uint8)
     with socket.socket() as s:
