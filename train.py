@@ -9,9 +9,11 @@ The same command again goes on where it stopped.
 import argparse
 import contextlib
 import copy
+import io
 import json
 import math
 import os
+import signal
 import sys
 import time
 from functools import lru_cache
@@ -79,11 +81,14 @@ def bnr(text):
 
 def main():
     p, args = options()
-    with p.one_line_errors():
-        train(args)
+    with p.one_line_errors(), interrupts() as stop:
+        train(args, stop)
+    if stop:
+        sys.exit(128 + stop[0])
 
 
-def train(args):
+def train(args, stop=()):
+    """The whole run; it ends behind the step in which something comes into `stop`."""
     device = torch.device(args.device)
     bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     micro = min(args.batch_gpu or args.batch, args.batch)
@@ -159,7 +164,8 @@ def train(args):
 
         history.append((seen, t, torch.cat(losses, 1)))
         bar.update(args.batch)
-        snapshot = crossed(seen, args.batch, args.snapshot_every) or seen >= total
+        last = seen >= total or bool(stop)
+        snapshot = crossed(seen, args.batch, args.snapshot_every) or last
         scored = crossed(seen, args.batch, args.fid_every)
         if snapshot or scored or crossed(seen, args.batch, args.log_every):
             line = summary(history, args.batch, lr, since, device)    # stops the run at a loss that is not finite
@@ -172,13 +178,35 @@ def train(args):
         if snapshot:
             if not all(p.isfinite().all() for p in net.parameters()):
                 raise UserError(f"the weights are not finite after step {seen // args.batch}; stopped, the last checkpoint stays: try a lower --lr")
-            draw_grid(ema, facts["shape"], device, args.sample_steps, f"{args.out}/grid-{seen // 1000:06d}.png")
             common = {"config": config, "data": facts, "options": vars(args), "seen": seen}
-            save({"weights": ema.state_dict(), **common}, ema_path)
-            save({"net": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), **common}, state_path)
+            saved = save({"weights": ema.state_dict(), **common}, ema_path) and save(
+                {"net": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), **common}, state_path)
+            if last and not saved:
+                raise UserError(f"{args.out}: the last checkpoint could not be saved; the one before stays")
+            if not stop:
+                draw_grid(ema, facts["shape"], device, args.sample_steps, f"{args.out}/grid-{seen // 1000:06d}.png")
+        if stop:
+            tqdm.write(f"stopped and saved at {seen / 1000:g} kimg; the same command goes on from there", file=sys.stderr)
+            break
         if not history:
             since = time.time()
     bar.close()
+
+
+@contextlib.contextmanager
+def interrupts():
+    """A list that Ctrl-C or SIGTERM adds its number to, once; a second one ends the process at once."""
+    got = []
+
+    def note(number, frame):
+        got.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield got
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def network(config, h, w):
@@ -270,9 +298,24 @@ def scorer(args, pictures, facts, device, bf16):
 
 
 def save(checkpoint, path):
-    """Written aside and renamed: a reader, or a run killed here, finds the old file or the new one, whole."""
-    torch.save(checkpoint, f"{path}.part")
-    os.replace(f"{path}.part", path)
+    """Written aside, flushed to disk and renamed: a reader, or a run killed here, finds the old file or the new one, whole.
+
+    False, and the old file stays, where the disk would not take it.
+    """
+    whole = io.BytesIO()
+    torch.save(checkpoint, whole)
+    try:
+        with open(f"{path}.part", "wb") as f:
+            f.write(whole.getbuffer())
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f"{path}.part", path)
+        return True
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.part")
+        tqdm.write(f"{path} could not be saved ({e.strerror}): the one before stays, and training goes on", file=sys.stderr)
+        return False
 
 
 def resumable(args, state_path, ema_path):

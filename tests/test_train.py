@@ -106,6 +106,53 @@ def test_a_run_cut_between_checkpoints_repeats_from_the_last(tmp_path, pictures,
     assert [json.loads(l)["step"] for l in open(tmp_path / "cut/log.jsonl")] == [4, 8, 12, 16, 20, 24]
 
 
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_the_step_saves_and_resumes_bit_for_bit(tmp_path, pictures, monkeypatch, number):
+    import signal
+    script = [sys.executable, str(ROOT / "train.py"), "--data", pictures, "--out", str(tmp_path / "cut"), "--device", "cpu", *SMALL,
+              "--snapshot-every", "0"]
+    process = subprocess.Popen([*script, "--duration", "100"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    log = tmp_path / "cut/log.jsonl"
+    while not (log.exists() and log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, number))
+    printed = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + getattr(signal, number) and "stopped and saved at" in printed and "Traceback" not in printed
+    seen = weights(tmp_path / "cut")[1]["seen"]
+    assert 0 < seen < 100_000
+    for out in ("cut", "other"):                                # interrupted at seen and not, up to the same picture
+        small(monkeypatch, pictures, tmp_path / out, "--duration", (seen + 16) / 1000, "--snapshot-every", 0)
+    assert same(weights(tmp_path / "cut", "state.pt")[0], weights(tmp_path / "other", "state.pt")[0])
+
+
+def test_a_second_signal_ends_at_once():
+    """The first only takes a note and gives the signal its own meaning back."""
+    import signal
+    before = signal.getsignal(signal.SIGTERM)
+    with train.interrupts() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on(tmp_path, pictures, monkeypatch, capsys):
+    import resource
+    small(monkeypatch, pictures, tmp_path / "run", "--duration", 0.032)
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in ("ema.pt", "state.pt")}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))                              # no file may grow beyond
+    try:
+        refused(capsys, lambda: small(monkeypatch, pictures, tmp_path / "run", "--duration", 0.096), "last checkpoint could not be saved")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
+    assert not list((tmp_path / "run").glob("*.part"))
+    assert [json.loads(line)["step"] for line in open(tmp_path / "run/log.jsonl")] == [4, 8, 12, 16, 20, 24]                # it went on
+    small(monkeypatch, pictures, tmp_path / "run", "--duration", 0.096)
+    assert weights(tmp_path / "run")[1]["seen"] == 96
+
+
 @pytest.mark.parametrize("extra", [[], ["--augment", "1"]])
 def test_accumulation_changes_nothing_but_rounding(tmp_path, pictures, monkeypatch, extra):
     small(monkeypatch, pictures, tmp_path / "whole", "--duration", 0.016, *extra)
