@@ -7,12 +7,14 @@ import argparse
 import contextlib
 import hashlib
 import io
+import lzma
 import math
 import os
 import sys
 import tarfile
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -27,6 +29,7 @@ from degrade import dct2, idct2
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+ARCHIVE_ERRORS = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError, NotImplementedError)
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
@@ -220,7 +223,7 @@ def load_files(path, resolution):
                 raise UserError(f"{name} is not of the first picture's size: give a resolution to crop and resize them to")
             arrays.append(image)
             parents.append(PurePosixPath(name).parent.name)
-    except (zipfile.BadZipFile, tarfile.TarError, OSError, EOFError) as e:
+    except ARCHIVE_ERRORS as e:
         raise UserError(f"{path} is no folder, zip or tar that can be read ({type(e).__name__})") from None
     if skipped:
         print(f"{path}: {len(skipped)} broken files skipped", file=sys.stderr)
@@ -276,7 +279,10 @@ def decode(data, resolution):
 
 def upright(file):
     """A picture file -> an image of mode L (grey) or RGB, turned as its camera was, on white where it is transparent."""
-    image = ImageOps.exif_transpose(Image.open(file))
+    image = Image.open(file)
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:     # Pillow itself only warns, up to twice that
+        raise ValueError(f"{image.width} x {image.height} pixels are more than Pillow's limit of {Image.MAX_IMAGE_PIXELS}")
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):                              # 16 bits of grey, which Pillow would clip
         return Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
     grey = image.mode in ("1", "L", "LA")

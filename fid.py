@@ -9,8 +9,6 @@ import json
 import math
 import os
 import sys
-import tarfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Options, UserError, decode, fetch, load, picture_files, to_uint8, within
+from data import ARCHIVE_ERRORS, Options, UserError, decode, fetch, load, picture_files, to_uint8, within
 from sample import generate, load_model, no_tf32, sampler, sampler_options
 
 WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -295,7 +293,7 @@ def read_batches(spec, num=None, batch=256):
     """Uint8 batches [B, 3, H, W] of a folder, zip, tar, .npy, .npz, cifar10 or leaves: num by a fixed draw, or all; this rank's share."""
     try:
         yield from read_share(spec, num, batch)
-    except (zipfile.BadZipFile, tarfile.TarError, OSError, EOFError) as e:
+    except ARCHIVE_ERRORS as e:
         raise UserError(f"{spec} is no folder, zip or tar that can be read ({type(e).__name__})") from None
 
 

@@ -159,6 +159,53 @@ def test_what_holds_no_pictures_is_an_error(tmp_path):
             load(path)
 
 
+def test_damaged_archives_are_one_line(tmp_path):
+    """Every kind of damage that a seeded fuzz found to end otherwise, and some more of each."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as z:
+        z.writestr("a.png", png(noise(4, 4)))
+    for mode in ("gz", "xz", "bz2", ""):
+        with tarfile.open(tmp_path / f"a.tar{mode}", f"w:{mode}") as t:
+            for i in range(40):
+                info = tarfile.TarInfo(f"{i}.png")
+                info.size = len(png(noise(16, 16, seed=i)))
+                t.addfile(info, io.BytesIO(png(noise(16, 16, seed=i))))
+    ends = {"ok": 0, "refused": 0}
+    for whole in sorted(tmp_path.iterdir()):
+        r = np.random.RandomState(0)
+        for i in range(40):
+            b = bytearray(whole.read_bytes())
+            if i % 2:
+                b = b[:1 + r.randint(len(b) - 1)]
+            for _ in range(4):
+                b[r.randint(len(b))] = r.randint(256)
+            damaged = tmp_path / "damaged"
+            damaged.write_bytes(b)
+            try:
+                load(damaged)
+                ends["ok"] += 1
+            except UserError as e:
+                assert "\n" not in str(e)
+                ends["refused"] += 1
+        damaged.unlink()
+    assert min(ends.values()) > 20
+
+
+def test_a_zip_of_a_later_version_is_one_line(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as z:
+        z.writestr("a.png", png(noise(4, 4)))
+    b = bytearray((tmp_path / "a.zip").read_bytes())
+    b[b.index(b"PK\x01\x02") + 6] = 208                        # the version it takes to unpack
+    (tmp_path / "a.zip").write_bytes(b)
+    with pytest.raises(UserError, match="no folder, zip or tar that can be read"):
+        load(tmp_path / "a.zip")
+
+
+def test_a_picture_beyond_pillows_limit_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    d = load(as_folder(tmp_path, {"a.png": noise(10, 10), "b.png": noise(10, 11)}))
+    assert len(d.pictures) == 1 and d.skipped == [f"{tmp_path.name}/b.png"]
+
+
 @pytest.mark.parametrize("name", ["../out.png", "/out.png", "a/../../out.png", "..\\out.png"])
 def test_an_archive_that_reaches_outside_is_refused(tmp_path, name):
     with zipfile.ZipFile(tmp_path / "s.zip", "w") as z, tarfile.open(tmp_path / "s.tar", "w") as t:
