@@ -123,7 +123,6 @@ def train(args, stop=()):
     write_options(args, f"{args.out}/options.json")
     log = resumed_log(f"{args.out}/log.jsonl", seen)
     pictures = resident(data.pictures, device)
-
     fid = scorer(args, pictures, facts, device, bf16) if args.fid_every else None
 
     total = math.ceil(args.duration * 1000 / args.batch) * args.batch
@@ -164,11 +163,12 @@ def train(args, stop=()):
 
         history.append((seen, t, torch.cat(losses, 1)))
         bar.update(args.batch)
-        last = seen >= total or bool(stop)
+        stopping = bool(stop)                                   # asked once, for a signal may come any time
+        last = seen >= total or stopping
         snapshot = crossed(seen, args.batch, args.snapshot_every) or last
         scored = crossed(seen, args.batch, args.fid_every)
         if snapshot or scored or crossed(seen, args.batch, args.log_every):
-            line = summary(history, args.batch, lr, since, device)    # stops the run at a loss that is not finite
+            line = summary(history, args.batch, lr, since, device)                             # stops the run at a loss that is not finite
             if scored:
                 line |= {"fid": round(fid(ema), 4), "fid_num": args.fid_num}
             log.write(json.dumps(line) + "\n")
@@ -183,9 +183,9 @@ def train(args, stop=()):
                 {"net": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), **common}, state_path)
             if last and not saved:
                 raise UserError(f"{args.out}: the last checkpoint could not be saved; the one before stays")
-            if not stop:
+            if not stopping:
                 draw_grid(ema, facts["shape"], device, args.sample_steps, f"{args.out}/grid-{seen // 1000:06d}.png")
-        if stop:
+        if stopping:
             tqdm.write(f"stopped and saved at {seen / 1000:g} kimg; the same command goes on from there", file=sys.stderr)
             break
         if not history:
