@@ -160,9 +160,8 @@ def load_leaves(resolution, folder, n=16384):
     except (OSError, ValueError, TypeError, EOFError):          # not made yet, or not whole: it costs seconds to make
         pictures = leaves(n, resolution)
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{kept}.part", "wb") as f:
+        with written_aside(kept) as f:
             np.save(f, pictures.numpy())
-        os.replace(f"{kept}.part", kept)
     return Pictures(pictures, torch.zeros(n, dtype=torch.long), ["leaves"], "leaves")
 
 
@@ -209,9 +208,28 @@ def has_digest(path, algorithm, digest):
     return hashlib.new(algorithm, path.read_bytes()).hexdigest().startswith(digest)
 
 
+@contextlib.contextmanager
+def written_aside(path, mode="wb"):
+    """A file to write in, flushed to disk and renamed to path when whole: who reads path finds the old file or the new one."""
+    with open(f"{path}.part", mode) as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.part", path)
+
+
+@contextlib.contextmanager
+def readable(path):
+    """What a damaged folder or archive raises within, as a UserError."""
+    try:
+        yield
+    except ARCHIVE_ERRORS as e:
+        raise UserError(f"{path} is no folder, zip or tar that can be read ({type(e).__name__})") from None
+
+
 def load_files(path, resolution):
     arrays, parents, skipped = [], [], []
-    try:
+    with readable(path):
         for name, read in tqdm(picture_files(path), "decoding", unit=" pictures"):
             try:
                 image = decode(read(), resolution)
@@ -223,8 +241,6 @@ def load_files(path, resolution):
                 raise UserError(f"{name} is not of the first picture's size: give a resolution to crop and resize them to")
             arrays.append(image)
             parents.append(PurePosixPath(name).parent.name)
-    except ARCHIVE_ERRORS as e:
-        raise UserError(f"{path} is no folder, zip or tar that can be read ({type(e).__name__})") from None
     if skipped:
         print(f"{path}: {len(skipped)} broken files skipped", file=sys.stderr)
     if not arrays:

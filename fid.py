@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import ARCHIVE_ERRORS, Options, UserError, decode, fetch, load, picture_files, to_uint8, within
+from data import Options, UserError, decode, fetch, load, picture_files, readable, to_uint8, within, written_aside
 from sample import generate, load_model, no_tf32, sampler, sampler_options
 
 WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -291,10 +291,8 @@ def read_array(path):
 
 def read_batches(spec, num=None, batch=256):
     """Uint8 batches [B, 3, H, W] of a folder, zip, tar, .npy, .npz, cifar10 or leaves: num by a fixed draw, or all; this rank's share."""
-    try:
+    with readable(spec):
         yield from read_share(spec, num, batch)
-    except ARCHIVE_ERRORS as e:
-        raise UserError(f"{spec} is no folder, zip or tar that can be read ({type(e).__name__})") from None
 
 
 def read_share(spec, num, batch):
@@ -340,9 +338,8 @@ def known(spec, net, resize, digest, batch, num=None, keep=None):
     stats = statistics(read_batches(spec, num, batch), net, resize, digest, source, batch)
     if kept and rank() == 0 and stats["num"] == count_of(entries(spec)):                        # or a file could not be read this time
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{kept}.part", "wb") as f:
+        with written_aside(kept) as f:
             np.savez(f, **stats)
-        os.replace(f"{kept}.part", kept)
         tqdm.write(f"statistics kept as {kept}", file=sys.stderr)
     return stats
 

@@ -6,6 +6,8 @@ import torch
 
 from degrade import BlurNoisePath, attenuation, degrade, frequencies
 
+P_MEAN, P_STD = -1.2, 1.2                                       # of ln sigma in training
+
 
 def disentangled_loss(net, x0, path, t=None, noise=None, sigma_data=0.5):
     """w(sigma) |D - V M V^T x0|^2 and w(sigma) |R - (x0 - V M V^T x0)|^2, each [B], the mean over a picture's pixels and channels.
@@ -26,7 +28,7 @@ def weight(sigma, sigma_data=0.5):
     return (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2
 
 
-def training_levels(n, device=None, p_mean=-1.2, p_std=1.2):
+def training_levels(n, device=None, p_mean=P_MEAN, p_std=P_STD):
     """n noise levels, float32 [n], with ln sigma normal, as EDM trains."""
     return torch.exp(p_mean + p_std * torch.randn(n, device=device))
 

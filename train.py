@@ -21,8 +21,8 @@ from functools import lru_cache
 import torch
 from tqdm import tqdm
 
-from data import Options, UserError, augment, device, load, normalize, save_grid, to_uint8, within
-from loss import disentangled_loss, training_levels
+from data import Options, UserError, augment, device, load, normalize, save_grid, to_uint8, within, written_aside
+from loss import P_MEAN, P_STD, disentangled_loss, training_levels
 from model import build
 from sample import generate, no_tf32, read_checkpoint
 
@@ -68,7 +68,8 @@ def options():
     a("--fid-num", type=within(int, 2), default=10000, help="pictures of such an FID, seeds from 0 (default 10000)")
     a("--fid-weights", help="the FID network's weights (default: fetched once into data/)")
     a("--sample-steps", type=within(int, 1, 1000), default=18, help="Heun steps of the grid (default 18)")
-    preset = p.parse_args().preset or ("cifar10" if p.parse_args().data == "cifar10" else "tiny")
+    given = p.parse_args()
+    preset = given.preset or ("cifar10" if given.data == "cifar10" else "tiny")
     p.set_defaults(**PRESETS[preset], preset=preset)
     return p, p.parse_args()
 
@@ -260,7 +261,7 @@ def summary(history, batch, lr, since, device):
         i = bad[0].item()
         raise UserError(f"the loss is not finite at step {history[i // batch][0] // batch}, level {t[i]:.4g} (denoise {losses[0, i]:g}, "
                         f"deblur {losses[1, i]:g}); stopped, the last checkpoint stays: try a lower --lr, or --precision fp32")
-    z = (t.log() + 1.2) / 1.2                                   # unit normal
+    z = (t.log() - P_MEAN) / P_STD                              # unit normal
     quartile = torch.bucketize(z, torch.tensor([-0.6745, 0., 0.6745]))
     by_level = [[round(l[quartile == q].mean().item(), 5) if (quartile == q).any() else None for q in range(4)] for l in losses]
     return {"kimg": history[-1][0] / 1000, "step": history[-1][0] // batch, "denoise": round(losses[0].mean().item(), 5),
@@ -298,18 +299,12 @@ def scorer(args, pictures, facts, device, bf16):
 
 
 def save(checkpoint, path):
-    """Written aside, flushed to disk and renamed: a reader, or a run killed here, finds the old file or the new one, whole.
-
-    False, and the old file stays, where the disk would not take it.
-    """
+    """False, and the old file stays, where the disk would not take the new one."""
     whole = io.BytesIO()
     torch.save(checkpoint, whole)
     try:
-        with open(f"{path}.part", "wb") as f:
+        with written_aside(path) as f:
             f.write(whole.getbuffer())
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(f"{path}.part", path)
         return True
     except OSError as e:
         with contextlib.suppress(OSError):
@@ -341,9 +336,8 @@ def resumed_log(path, seen):
         for line in open(path):
             with contextlib.suppress(ValueError):               # a last line may be torn
                 kept += [line] if json.loads(line)["kimg"] <= seen / 1000 else []
-    with open(f"{path}.part", "w") as f:
+    with written_aside(path, "w") as f:
         f.writelines(kept)
-    os.replace(f"{path}.part", path)
     return open(path, "a")
 
 
