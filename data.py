@@ -56,6 +56,12 @@ class Pictures:
         return {"name": self.name, "count": n, "shape": [c, h, w], "classes": list(self.classes), "skipped": len(self.skipped),
                 "mean": mean.tolist(), "std": std.tolist()}
 
+    def colour(self):
+        """The Gaussian of the pictures' mean colours, in [-1, 1], as plain types: {"mean": [C], "cov": [C][C]}."""
+        n, c, h, w = self.pictures.shape
+        colours = self.pictures.sum((2, 3)).double() / (h * w) / 127.5 - 1                      # [N, C]
+        return {"mean": colours.mean(0).tolist(), "cov": colours.T.cov(correction=0).reshape(c, c).tolist()}
+
 
 def load(spec, resolution=None, folder="data"):
     """The data set named by spec, as Pictures.

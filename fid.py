@@ -420,7 +420,7 @@ def score(args):
             load(spec)
         dist.barrier()
     model = args.ckpt and load_model(args.ckpt, args.device, args.precision, args.compile)
-    options, nfe = sampler(args, model[1]) if model else ({}, 0)
+    options, nfe = sampler(args, *model) if model else ({}, 0)
     ref = known(args.ref, net, args.resize, digest, args.batch, keep="data")
     if model:
         draws = []

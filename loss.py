@@ -2,9 +2,12 @@
 
     python loss.py                         # the least value each term can have on pictures of power 1 / lam, by level and BNR
 """
+import math
+
 import torch
 
-from degrade import BlurNoisePath, attenuation, degrade, frequencies
+from degrade import BlurNoisePath, attenuation, degrade, frequencies, level_range
+from model import residual_size
 
 P_MEAN, P_STD = -1.2, 1.2                                       # of ln sigma in training
 
@@ -13,14 +16,19 @@ def disentangled_loss(net, x0, path, t=None, noise=None, sigma_data=0.5):
     """w(sigma) |D - V M V^T x0|^2 and w(sigma) |R - (x0 - V M V^T x0)|^2, each [B], the mean over a picture's pixels and channels.
 
     net: (x, t) -> D, R; x0 [B, C, H, W] in [-1, 1]; t a number, 0-d or [B], from training_levels where not given; noise unit normal.
-    At BNR 0 the second target is 0 and the first term is EDM's loss. A training step backpropagates their sum over pixels.
+    At BNR 0 the second target is 0 and the first term is EDM's loss. A training step backpropagates their sum over pixels. On a cold
+    path D = x has nothing to learn: the first term is 0 and the second is in units of the residual's own size.
     """
-    t = training_levels(len(x0), x0.device) if t is None else t
+    t = training_levels(x0, path) if t is None else t
     noise = torch.randn_like(x0) if noise is None else noise
     x, blurry = degrade(x0, t, path, noise)                     # (1)
     d, r = net(x, t)
-    w = weight(path.levels(t)[1], sigma_data)
-    return w * (d - blurry).square().mean((1, 2, 3)), w * (r - (x0 - blurry)).square().mean((1, 2, 3))
+    denoise, deblur = (d - blurry).square().mean((1, 2, 3)), (r - (x0 - blurry)).square().mean((1, 2, 3))
+    alpha, sigma = path.levels(t)
+    if path.cold:
+        return torch.zeros_like(deblur), deblur / (sigma_data * residual_size(alpha, x0).flatten().to(deblur)) ** 2
+    w = weight(sigma, sigma_data)
+    return w * denoise, w * deblur
 
 
 def weight(sigma, sigma_data=0.5):
@@ -28,9 +36,12 @@ def weight(sigma, sigma_data=0.5):
     return (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2
 
 
-def training_levels(n, device=None, p_mean=P_MEAN, p_std=P_STD):
-    """n noise levels, float32 [n], with ln sigma normal, as EDM trains."""
-    return torch.exp(p_mean + p_std * torch.randn(n, device=device))
+def training_levels(x0, path):
+    """A level t for each picture of x0 [B, C, H, W], float32 [B]: ln sigma normal, as EDM trains; on a cold path ln alpha uniform."""
+    if path.cold:
+        low, high = map(math.log, level_range(path, *x0.shape[-2:]))
+        return torch.exp(low + (high - low) * torch.rand(len(x0), device=x0.device))
+    return torch.exp(P_MEAN + P_STD * torch.randn(len(x0), device=x0.device))
 
 
 def main():

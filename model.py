@@ -8,23 +8,34 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from degrade import BlurNoisePath, attenuation, frequencies, spread
+from degrade import BlurNoisePath, BlurringPath, attenuation, blur, frequencies, spread
 
 
 class Denoiser(nn.Module):
     """net(x, t) -> blurry, residual: estimates of E[V M V^T x0 | x] and E[x0 - V M V^T x0 | x]; their sum estimates x0.
 
     unet has twice as many output as input channels; path gives alpha and sigma at t; sigma_data is the pictures' std.
-    x [B, C, H, W] of any float type, t a number, 0-d or [B], above 0; both results are float32 [B, C, H, W].
+    x [B, C, H, W] of any float type, t a number, 0-d or [B], above 0; label [B] int64, where the unet has classes; both results are
+    float32 [B, C, H, W]. param: what the heads are, see `variant`; blind: the network is not told the level. colour: where a cold
+    path starts, {"mean": [C], "cov": [C][C]} of the pictures' mean colours. Raises ValueError where these do not go together.
     """
 
-    def __init__(self, unet, path, sigma_data=0.5):
+    def __init__(self, unet, path, sigma_data=0.5, param="residual", blind=False, colour=None):
         super().__init__()
-        if unet.out_channels != 2 * unet.in_channels:
-            raise ValueError(f"two heads on {unet.in_channels} channels need {2 * unet.in_channels} outputs, not {unet.out_channels}")
-        self.unet, self.path, self.sigma_data = unet, path, sigma_data
+        heads, c = 1 if param == "x0" else 2, unet.in_channels
+        if unet.out_channels != heads * c:
+            raise ValueError(f"{heads} heads on {c} channels need {heads * c} outputs, not {unet.out_channels}")
+        if param not in ("residual", "x0", "noise"):
+            raise ValueError(f"param is residual, x0 or noise, not {param}")
+        if path.cold and (blind or param == "noise"):
+            raise ValueError("a cold path has no noise to estimate: neither blind nor param noise go with BNR inf")
+        if blind and param != "residual":
+            raise ValueError(f"a blind network has param residual, not {param}")
+        if path.cold and (len(colour["mean"]), [len(row) for row in colour["cov"]]) != (c, [c] * c):
+            raise ValueError(f"a cold path starts from the mean and covariance of {c} channels")
+        self.unet, self.path, self.sigma_data, self.param, self.blind, self.colour = unet, path, sigma_data, param, blind, colour
 
-    def forward(self, x, t, augment=None):
+    def forward(self, x, t, augment=None, label=None):
         x = x.float()
         t = torch.as_tensor(t, dtype=torch.float64, device=x.device)
         alpha, sigma = self.path.levels(t)
@@ -36,8 +47,24 @@ class Denoiser(nn.Module):
         r_out = sd * residual_size(alpha, x)
         c_skip, c_out, c_in, r_out = (c.float() for c in (c_skip, c_out, c_in, r_out))
 
-        f1, f2 = self.unet(c_in * x, c_noise, augment).float().chunk(2, dim=1)                 # [B, C, H, W] each
+        if self.blind or self.param != "residual":
+            return self.variant(x, alpha, sigma.float(), c_skip, c_out, c_in, r_out, c_noise, augment, label)
+        f1, f2 = self.unet(c_in * x, c_noise, augment, label).float().chunk(2, dim=1)          # [B, C, H, W] each
         return c_skip * x + c_out * f1, r_out * f2
+
+    def variant(self, x, alpha, sigma, c_skip, c_out, c_in, r_out, c_noise, augment, label):
+        """The study's other heads. README, "The study"."""
+        if self.blind:                                          # a scale of the picture's own, and one level for all
+            rho = (x.square().mean((1, 2, 3), keepdim=True) + 1e-6).sqrt()
+            f1, f2 = self.unet(x / rho, torch.zeros_like(c_noise), augment, label).float().chunk(2, dim=1)
+            return x - rho * f1, self.sigma_data * f2
+        f = self.unet(c_in * x, c_noise, augment, label).float()
+        if self.param == "x0":                                  # one head, the finished picture
+            x0_hat = c_skip * x + (c_out ** 2 + r_out ** 2).sqrt() * f
+            d = x if self.path.cold else blur(x0_hat, alpha)
+            return d, x0_hat - d
+        n_hat, f2 = f.chunk(2, dim=1)                           # param "noise"
+        return x - sigma * n_hat, r_out * f2
 
 
 def residual_size(alpha, x):
@@ -48,17 +75,18 @@ def residual_size(alpha, x):
 
 
 class UNet(nn.Module):
-    """DDPM++ as EDM configures it. unet(x [B, in, H, W], c_noise [B], augment [B, augment_dim] or None) -> [B, out, H, W].
+    """DDPM++ as EDM configures it. unet(x [B, in, H, W], c_noise [B], augment [B, augment_dim] or None, label [B]) -> [B, out, H, W].
 
-    channels x mult gives the width of each level, each half the size of the one above; blocks residual blocks a level; attention
+    With classes, each picture needs its label. channels x mult gives the width of each level, each half the size of the one above; blocks residual blocks a level; attention
     at the levels of those sizes when the input is `resolution` pixels a side. H and W must divide by 2^(levels - 1).
     """
 
     def __init__(self, in_channels, out_channels, channels=128, mult=(2, 2, 2), blocks=4, attention=(16,), resolution=32, dropout=0.,
-                 augment_dim=0):
+                 augment_dim=0, classes=0):
         super().__init__()
-        self.in_channels, self.out_channels, self.channels, self.levels = in_channels, out_channels, channels, len(mult)
+        self.in_channels, self.out_channels, self.channels, self.levels, self.classes = in_channels, out_channels, channels, len(mult), classes
         self.from_augment = linear(augment_dim, channels, bias=False) if augment_dim else None
+        self.from_label = linear(classes, channels) if classes else None
         self.embed = nn.Sequential(linear(channels, 4 * channels), nn.SiLU(), linear(4 * channels, 4 * channels), nn.SiLU())
 
         def block(cin, cout, **kw):
@@ -91,11 +119,13 @@ class UNet(nn.Module):
         """Raises ValueError where pictures of h x w do not fit this network."""
         divisor = 2 ** (self.levels - 1)
         if h % divisor or w % divisor:
-            raise ValueError(f"pictures of {h} x {w} do not divide by {divisor}, as a network of {self.levels} levels needs")
+            raise ValueError(f"pictures of {h} x {w} do not divide by {divisor}, as a network of {self.levels} levels needs: take another resolution or fewer levels (mult)")
 
-    def forward(self, x, c_noise, augment=None):
+    def forward(self, x, c_noise, augment=None, label=None):
         self.check(*x.shape[-2:])
         emb = sinusoids(c_noise, self.channels)                 # [B, channels]
+        if self.classes:
+            emb = emb + self.from_label(F.one_hot(label, self.classes) * math.sqrt(self.classes))
         if self.from_augment is not None and augment is not None:
             emb = emb + self.from_augment(augment)
         emb = self.embed(emb)                                   # [B, 4 channels]
@@ -156,7 +186,8 @@ class Attention(nn.Module):
 
 def build(config):
     """A checkpoint's config, plain types, -> its Denoiser."""
-    return Denoiser(UNet(**config["unet"]), BlurNoisePath(config["bnr"]), config["sigma_data"])
+    path = BlurringPath() if config.get("path") == "blurring" else BlurNoisePath(config["bnr"])
+    return Denoiser(UNet(**config["unet"]), path, config["sigma_data"], **{k: config[k] for k in ("param", "blind", "colour") if k in config})
 
 
 def sinusoids(c_noise, n):

@@ -3,17 +3,19 @@
     python sample.py --ckpt run/ema.pt --seeds 0-63 --out samples/         # a PNG for each seed, and samples-grid.png
     python sample.py --ckpt run/ema.pt --seeds 0-2 --strip                 # how the two heads make a picture: samples-strip.png
     python sample.py --ckpt run/ema.pt --init cat.png --level 1            # your own picture, degraded and brought back
+    python sample.py --ckpt run/ema.pt --manifold 1000                     # does it keep to the forward process? a distance for each level
 """
 import argparse
 import math
 import os
+from functools import partial
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Options, UserError, device, film_strip, normalize, read_picture, save_grid, save_picture, to_uint8, within
-from degrade import attenuation, dct2, degrade, idct2
+from data import Options, UserError, device, film_strip, load, normalize, read_picture, save_grid, save_picture, to_uint8, within
+from degrade import attenuation, dct2, degrade, frequencies, idct2, level_range, spread
 from model import build
 
 
@@ -24,23 +26,39 @@ def time_steps(n, t_min=0.002, t_max=80., rho=7.):
     return torch.cat([t, torch.zeros(1, dtype=torch.float64)])
 
 
-def sample(net, path, latents, steps=18, solver="heun", churn=0., t_min=0.002, t_max=80., rho=7., **options):
-    """Unit normal latents [B, C, H, W] -> pictures, float64, not clamped. net: (x, t) -> blurry, residual. options: see solve."""
-    return solve(net, path, latents.double() * t_max, time_steps(steps, t_min, t_max, rho), solver, churn, **options)
+def sample(net, path, latents, steps=18, solver="heun", churn=0., colour=None, **options):
+    """Unit normal latents [B, C, H, W] -> pictures, float64, not clamped. net: (x, t) -> blurry, residual. options: see solve.
+
+    colour: where a cold path starts, {"mean": [C], "cov": [C][C]} of the pictures' mean colours.
+    """
+    if path.cold and colour is None:
+        raise ValueError("a cold path starts from a plain colour: give colour, the Gaussian of the pictures' mean colours")
+    t_min, t_max = level_range(path, *latents.shape[-2:])
+    x = plain(latents.double(), **colour) if path.cold else latents.double() * t_max
+    return solve(net, path, x, time_steps(steps, t_min, t_max), solver, churn, **options)
+
+
+def plain(latents, mean, cov):
+    """Pictures of one colour each, from the Gaussian with that mean [C] and cov [C][C]; latents [B, C, H, W] unit normal."""
+    mean, cov = torch.tensor(mean).to(latents), torch.tensor(cov).to(latents)
+    values, vectors = torch.linalg.eigh(cov)                    # pictures of one colour in all have no Cholesky factor
+    z = latents.mean((2, 3)) * math.sqrt(latents[0, 0].numel())                                 # [B, C], unit normal
+    return (mean + z @ (vectors * values.clamp(min=0).sqrt()).T)[:, :, None, None].expand_as(latents)
 
 
 @torch.no_grad()
-def solve(net, path, x, times, solver="heun", churn=0., s_min=0., s_max=math.inf, noise=None, watch=None):
+def solve(net, path, x, times, solver="heun", churn=0., s_min=0., s_max=math.inf, noise=None, watch=None, blind=False):
     """Carry the state x [B, C, H, W] from level times[0] down the falling tensor of times to its last along the probability-flow ODE (2), in float64.
 
     solver: "euler" and "multistep" evaluate net once a step, "heun" twice but for a last step to 0. churn: EDM's S_churn, for levels
     from s_min to s_max, with fresh noise from noise(), unit normal like x. watch(t, x, blurry, residual) sees each step's first
-    evaluation. Raises ValueError for another solver and for multistep with churn or without noise.
+    evaluation. blind: net is told no level; each picture's is read from the answer, and times only say by which ratio it falls.
+    Raises ValueError for another solver and for multistep with churn, without noise or blind.
     """
     if solver not in ("euler", "heun", "multistep"):
         raise ValueError(f"solver is euler, heun or multistep, not {solver}")
-    if solver == "multistep" and (churn or path.levels(1.)[1] == 0):
-        raise ValueError("multistep needs a path with noise, and takes no churn: use heun or euler")
+    if solver == "multistep" and (churn or path.cold or blind):
+        raise ValueError("multistep needs a path with noise and a network that knows its level, and takes no churn: use heun or euler")
     x, times, before = x.double(), times.tolist(), None
     for t, s in zip(times[:-1], times[1:]):
         if churn and s_min <= t <= s_max:
@@ -52,26 +70,32 @@ def solve(net, path, x, times, solver="heun", churn=0., s_min=0., s_max=math.inf
         if solver == "multistep":
             x, before = multistep(x, d + r, t, s, path, before), (d + r, t)
             continue
-        x0_hat, n_hat = d + r, noise_estimate(x, d, t, path)
-        x_s = step(x, x0_hat, n_hat, t, s, path)
+        a, b = (read_level(x, d), read_level(x, d) * s / t) if blind else (t, s)                # the levels of this step
+        x0_hat, n_hat = d + r, noise_estimate(x, d, a, path)
+        x_s = step(x, x0_hat, n_hat, a, b, path)
         if solver == "heun" and s > 0:
             d, r = evaluate(net, x_s, s)
-            x_s = step(x, (x0_hat + d + r) / 2, (n_hat + noise_estimate(x_s, d, s, path)) / 2, t, s, path)
+            x_s = step(x, (x0_hat + d + r) / 2, (n_hat + noise_estimate(x_s, d, b, path)) / 2, a, b, path)
         x = x_s
     return x
+
+
+def read_level(x, d):
+    """sigma_hat = |x - D| / sqrt(d), [B]: the noise level as a blind denoiser's answer shows it."""
+    return (x - d).square().mean((1, 2, 3)).sqrt()
 
 
 def step(x, x0_hat, n_hat, t, s, path):
     """Equation (3): x_s = x_t + V (M_s - M_t) V^T x0_hat + (sigma_s - sigma_t) n_hat."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = path.levels(t), path.levels(s)
     deblurred = idct2((attenuation(alpha_s, x) - attenuation(alpha_t, x)) * dct2(x0_hat))
-    return x + deblurred + (sigma_s - sigma_t) * n_hat                                          # (3)
+    return x + deblurred + spread(sigma_s - sigma_t, x) * n_hat                                 # (3)
 
 
 def noise_estimate(x, d, t, path):
     """n_hat = (x - D) / sigma; 0 where there is no noise."""
-    sigma = path.levels(t)[1]
-    return (x - d) / sigma if sigma > 0 else torch.zeros_like(x)
+    sigma = spread(path.levels(t)[1], x)
+    return torch.where(sigma > 0, (x - d) / sigma, 0)
 
 
 def climb(x, t, t_hat, path, noise):
@@ -117,16 +141,54 @@ def seed_noise(seeds, shape):
     return lambda: torch.stack([torch.randn(shape, generator=g, dtype=torch.float64) for g in generators])
 
 
-def generate(net, shape, seeds, device, batch=64, init=None, level=None, steps=18, **options):
-    """The states at t = 0, batch by batch, for those seeds; from init [1, C, H, W] degraded to level where given."""
+def generate(net, shape, seeds, device, batch=64, init=None, level=None, label=None, steps=18, **options):
+    """The states at t = 0 of a Denoiser, batch by batch, for those seeds; from init [1, C, H, W] degraded to level where given.
+
+    label: the class, of a model that has classes; None: seed modulo their number.
+    """
+    heads = net
     for i in range(0, len(seeds), batch):
-        noise = seed_noise(seeds[i:i + batch], shape)
+        some = seeds[i:i + batch]
+        noise = seed_noise(some, shape)
         latents = noise().to(device)
+        if net.unet.classes:
+            heads = partial(net, label=torch.tensor([s % net.unet.classes if label is None else label for s in some], device=device))
         if init is None:
-            yield sample(net, net.path, latents, steps, noise=noise, **options)
+            yield sample(heads, net.path, latents, steps, colour=net.colour, noise=noise, blind=net.blind, **options)
         else:
             x = degrade(init.double().to(device), level, net.path, latents)[0]
-            yield solve(net, net.path, x, time_steps(steps, t_max=level), noise=noise, **options)
+            times = time_steps(steps, level_range(net.path, *shape[1:])[0], level)
+            yield solve(heads, net.path, x, times, noise=noise, blind=net.blind, **options)
+
+
+def manifold(net, pictures, device, n, batch=64, **options):
+    """Do n samples pass where the forward process does? Rows (t, distance, floor), and t = 0 last.
+
+    distance: Frechet, between projections of the sampler's states and of degraded pictures (uint8 [N, C, H, W], drawn with replacement)
+    at the same level; floor: between two such sets of degraded pictures, what chance alone gives. States are divided by
+    sqrt(sigma^2 + 0.25) and projected on eight fixed random directions in every octave of frequency, the same for every model.
+    """
+    from fid import frechet_distance
+    shape, g = pictures.shape[1:], torch.Generator().manual_seed(0)
+    lam = frequencies(*shape[1:]).expand(*shape).flatten()
+    octave = torch.floor(torch.log2(lam / lam[lam > 0].min()) / 2 + 1e-9)                       # of frequency; the mean is at -inf
+    bands = [torch.randn(len(lam), 8, dtype=torch.float64, generator=g) * (octave == o)[:, None] for o in octave.unique()]
+    basis = torch.cat([torch.linalg.svd(b, full_matrices=False)[0][:, :min(8, (b[:, 0] != 0).sum())] for b in bands], 1).to(device)
+
+    def project(x, t):
+        return (dct2(x.double()).flatten(1) @ basis / math.sqrt(net.path.levels(t)[1] ** 2 + 0.25)).cpu()
+
+    states = {}
+    watch = lambda t, x, d, r: states.setdefault(t, []).append(project(x, t))
+    for x in generate(net, shape, range(n), device, batch, watch=watch, **options):
+        watch(0., x, None, None)
+    for t, ours in states.items():
+        sets = [torch.cat(ours)]
+        for _ in range(2):
+            drawn = normalize(pictures[torch.randint(len(pictures), (n,), generator=g)]).to(device)
+            sets.append(project(degrade(drawn, t, net.path, torch.randn(drawn.shape, generator=g).to(device))[0], t))
+        (a, b), (c, d), (e, f) = ((s.mean(0).numpy(), s.T.cov().numpy()) for s in sets)
+        yield t, frechet_distance(a, b, c, d), frechet_distance(c, d, e, f)
 
 
 def load_model(path, device="cpu", precision="fp32", compiled=False):
@@ -202,16 +264,23 @@ def sampler_options(p):
     a("--s-max", type=within(float, 0), default=math.inf, help="churn up to this level (default inf)")
     a("--precision", choices=["fp32", "bf16"], default="fp32", help="of the network; bf16 is faster on a GPU (default fp32)")
     a("--compile", action="store_true", help="torch.compile the network: a minute or two first, then faster on a GPU")
+    a("--class", dest="label", help="of a class-conditional model: a class's name or number (default: seed modulo their number)")
     a("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu (default: cuda if there is one)")
 
 
-def sampler(args, checkpoint):
+def sampler(args, net, checkpoint):
     """The sampler's options as keywords of generate, and its network evaluations. Raises UserError."""
-    if args.solver == "multistep" and args.churn:
-        raise UserError("multistep takes no churn: use --solver heun or euler")
+    if args.solver == "multistep" and (args.churn or net.path.cold or net.blind):
+        raise UserError("multistep takes no churn, no cold and no blind model: use --solver heun or euler")
     steps = args.steps or checkpoint.get("options", {}).get("sample_steps", 18)
     nfe = 2 * steps - 1 if args.solver == "heun" else steps
-    return dict(steps=steps, solver=args.solver, churn=args.churn, s_min=args.s_min, s_max=args.s_max), nfe
+    options = dict(steps=steps, solver=args.solver, churn=args.churn, s_min=args.s_min, s_max=args.s_max)
+    if args.label is not None:
+        classes = checkpoint["data"]["classes"][:net.unet.classes]
+        if args.label not in classes + [str(i) for i in range(len(classes))]:
+            raise UserError(f"--class {args.label}: the model's classes are {', '.join(classes)}" if classes else "--class is for a model trained with --cond")
+        options["label"] = classes.index(args.label) if args.label in classes else int(args.label)
+    return options, nfe
 
 
 def main():
@@ -224,10 +293,14 @@ def main():
     sampler_options(p)
     p.add_argument("--init", help="start from this picture, degraded to --level")
     p.add_argument("--level", type=within(float, 0.01, 80), help="noise level that --init is degraded to (default 1)")
+    p.add_argument("--manifold", type=within(int, 100), metavar="N", help="print how far N samples stray from the forward process, level by level")
+    p.add_argument("--data", help="with --manifold: the pictures to degrade (default: those that the model was trained on)")
     p.add_argument("--batch", type=within(int, 1), default=64, help="pictures at a time (default 64)")
     args = p.parse_args()
     if args.level and not args.init:
         p.error("--level is for --init: the level your own picture is degraded to")
+    if args.data and not args.manifold:
+        p.error("--data is for --manifold: the pictures of the forward process")
     with p.one_line_errors():
         run(args)
 
@@ -238,22 +311,26 @@ def run(args):
     if os.path.basename(out) in ("", ".", ".."):
         out = os.path.abspath(args.out)                         # grid and strip bear the folder's name
     net, checkpoint = load_model(args.ckpt, args.device, args.precision, args.compile)
-    options, nfe = sampler(args, checkpoint)
+    options, nfe = sampler(args, net, checkpoint)
     shape = checkpoint["data"]["shape"]
+    if args.manifold:
+        return show_manifold(args, net, checkpoint, nfe, options)
+    if args.level and args.level <= level_range(net.path, *shape[1:])[0]:
+        raise UserError(f"--level {args.level:g}: a cold model's level is its blur in pixels, above 0.1")
     seeds, batch = (args.seeds[:3], 3) if args.strip else (args.seeds, args.batch)
     init = normalize(read_picture(args.init, *shape)) if args.init else None
 
     os.makedirs(os.path.dirname(out) or "." if args.grid or args.strip else out, exist_ok=True)
-    bar = tqdm(total=nfe * math.ceil(len(seeds) / batch), unit=" evaluations")
+    bar, states, levels = tqdm(total=nfe * math.ceil(len(seeds) / batch), unit=" evaluations"), [], {}
+    net.register_forward_hook(lambda *_: bar.update() and None)
 
-    def counted(x, t):
-        bar.update()
-        return net(x, t)
-    counted.path = net.path
-    states = []
-    watch = (lambda *state: states.append(state)) if args.strip else None
+    def watch(t, x, d, r):
+        if args.strip:
+            states.append((t, x, d, r))
+        if net.blind:
+            levels.setdefault(t, []).append(read_level(x, d).cpu())
     shown, done = [], 0
-    for x in generate(counted, shape, seeds, args.device, batch, init, args.level or 1., watch=watch, **options):
+    for x in generate(net, shape, seeds, args.device, batch, init, args.level or 1., watch=watch, **options):
         pictures = to_uint8(x).cpu()
         if not (args.grid or args.strip):
             for seed, picture in zip(seeds[done:], pictures):
@@ -261,12 +338,26 @@ def run(args):
         shown += pictures[:256 - len(shown)]
         done += len(pictures)
     bar.close()
+    for t, read in levels.items():
+        print(f"sigma of the schedule {t:8.4f}, sigma_hat {torch.cat(read).mean():8.4f} +- {torch.cat(read).std(correction=0):.4f}")
     if args.strip:
         draw_strip(states, net, seeds, f"{out}-strip.png")
     else:
         save_grid(torch.stack(shown), f"{out}-grid.png")
     written = f"{out}-strip.png" if args.strip else f"{out}-grid.png" if args.grid else f"{out}/ and {out}-grid.png"
     print(f"{len(seeds)} pictures, {args.solver} {options['steps']} steps, NFE {nfe}: {written}")
+
+
+def show_manifold(args, net, checkpoint, nfe, options):
+    trained = checkpoint.get("options", {})
+    if not (args.data or "data" in trained):
+        raise UserError(f"{args.ckpt} does not say what it was trained on: give --data")
+    pictures = load(args.data or trained["data"], trained.get("resolution") or None).pictures
+    if list(pictures.shape[1:]) != checkpoint["data"]["shape"]:
+        raise UserError(f"the pictures are {list(pictures.shape[1:])}, the model's {checkpoint['data']['shape']}")
+    print(f"{args.manifold} samples, {args.solver} {options['steps']} steps, NFE {nfe}\n{'t':>10} {'distance':>12} {'floor':>12}")
+    for t, distance, floor in manifold(net, pictures, args.device, args.manifold, args.batch, **options):
+        print(f"{t:10.4f} {distance:12.5g} {floor:12.5g}")
 
 
 if __name__ == "__main__":

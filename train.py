@@ -3,6 +3,7 @@
     python train.py                                        # dead leaves of 16 x 16, minutes on a CPU
     python train.py --data cifar10 --bnr 0.5               # the paper's CIFAR-10 run
     python train.py --data my-pictures/ --preset ffhq64    # your own pictures
+    python train.py --bnr inf --out run-cold               # the study: cold; or --path blurring, --param x0, --blind, --cond
 
 The same command again goes on where it stopped.
 """
@@ -16,13 +17,14 @@ import os
 import signal
 import sys
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from data import Options, UserError, augment, device, load, normalize, save_grid, to_uint8, within, written_aside
-from loss import P_MEAN, P_STD, disentangled_loss, training_levels
+from loss import disentangled_loss, training_levels
 from model import build
 from sample import generate, no_tf32, read_checkpoint
 
@@ -42,7 +44,13 @@ def options():
     p = Options(description="Train a blur-noise mixture diffusion model. The defaults named are the cifar10 preset's.")
     a = p.add_argument
     a("--data", default="leaves", help="leaves, cifar10, or a folder, zip or tar of pictures (default leaves)")
-    a("--bnr", type=bnr, default=0.5, help="blur-to-noise ratio, pixels of blur for a unit of noise; 0 is EDM (default 0.5)")
+    path = p.add_mutually_exclusive_group().add_argument
+    path("--bnr", type=bnr, default=0.5, help="blur-to-noise ratio, pixels of blur for a unit of noise; 0 is EDM, inf blur alone (default 0.5)")
+    path("--path", choices=["blurring"], help="in place of one ratio, Hoogeboom & Salimans' schedule of blur over noise")
+    a("--param", choices=["residual", "x0", "noise"], default="residual",
+      help="what the network answers: the blurry picture and its residual; the picture; the noise and the residual (default residual)")
+    a("--blind", action="store_true", help="tell the network no level; the sampler reads it from the answers")
+    a("--cond", action="store_true", help="tell the network the class, the name of a picture's folder")
     a("--preset", choices=PRESETS, help="recipe (default: cifar10 for cifar10, else tiny)")
     a("--out", default="run", help="folder of checkpoints, log and grids; one that holds a run resumes it (default run)")
     a("--batch", type=within(int, 1), default=512, help="pictures a step, over all accumulation (default 512)")
@@ -75,9 +83,7 @@ def options():
 
 
 def bnr(text):
-    if text == "inf":
-        raise argparse.ArgumentTypeError("cold models (inf) cannot be trained yet")
-    return within(float, 0, 1e6)(text)
+    return math.inf if text == "inf" else within(float, 0, 1e6)(text)
 
 
 def main():
@@ -101,9 +107,13 @@ def train(args, stop=()):
     data = load(args.data, args.resolution or None)
     facts = data.facts()
     n, (c, h, w) = len(data.pictures), facts["shape"]
-    config = {"bnr": args.bnr, "sigma_data": 0.5,
-              "unet": dict(in_channels=c, out_channels=2 * c, channels=args.channels, mult=args.mult, blocks=args.blocks, resolution=max(h, w),
-                           attention=args.attention, dropout=args.dropout, augment_dim=9 if args.augment else 0)}
+    if args.cond and len(data.classes) < 2:
+        raise UserError(f"--cond needs pictures of two classes or more, in folders of their own; {facts['name']} has {data.classes}")
+    config = {"bnr": args.bnr, "path": args.path, "sigma_data": 0.5, "param": args.param, "blind": args.blind,
+              "colour": data.colour() if args.bnr == math.inf else None,
+              "unet": dict(in_channels=c, out_channels=c if args.param == "x0" else 2 * c, channels=args.channels, mult=args.mult,
+                           blocks=args.blocks, resolution=max(h, w), attention=args.attention, dropout=args.dropout,
+                           augment_dim=9 if args.augment else 0, classes=len(data.classes) if args.cond else 0)}
     torch.manual_seed(args.seed)
     net = network(config, h, w).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
@@ -127,7 +137,7 @@ def train(args, stop=()):
     fid = scorer(args, pictures, facts, device, bf16) if args.fid_every else None
 
     total = math.ceil(args.duration * 1000 / args.batch) * args.batch
-    print(f"{facts['name']}: {n} pictures of {c} x {h} x {w}; {sum(p.numel() for p in net.parameters()):,} parameters, BNR {args.bnr}; "
+    print(f"{facts['name']}: {n} pictures of {c} x {h} x {w}; {sum(p.numel() for p in net.parameters()):,} parameters, {args.path or f'BNR {args.bnr:g}'}; "
           f"{device.type}, {'bf16' if bf16 else 'fp32'}, batch {args.batch} as {args.batch // micro} x {micro}"
           + (f"; resuming at {seen / 1000:g} kimg" if seen else ""))
     if seen >= total:
@@ -142,16 +152,18 @@ def train(args, stop=()):
             group["lr"] = lr
 
         # the whole batch is drawn at once: what is drawn does not depend on --batch-gpu
-        x0 = normalize(take(pictures, shuffled(seen, args.batch, n, args.seed), device))        # [B, C, H, W]
-        x0, labels = augment(x0, args.augment) if args.augment else (x0, None)
-        t, noise = training_levels(args.batch, device), torch.randn_like(x0)
+        index = shuffled(seen, args.batch, n, args.seed)
+        x0 = normalize(take(pictures, index, device))                                           # [B, C, H, W]
+        x0, augmented = augment(x0, args.augment) if args.augment else (x0, None)
+        label = data.labels[index].to(device) if args.cond else None
+        t, noise = training_levels(x0, net.path), torch.randn_like(x0)
 
         losses = []
         for i in range(0, args.batch, micro):
             part = slice(i, i + micro)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                terms = disentangled_loss(lambda x, t: net(x, t, None if labels is None else labels[part]),
-                                          x0[part], net.path, t[part], noise[part])
+                heads = partial(net, augment=augmented[part] if args.augment else None, label=label[part] if args.cond else None)
+                terms = disentangled_loss(heads, x0[part], net.path, t[part], noise[part])
             (sum(terms).sum() * (c * h * w / args.batch)).backward()                            # sum over pixels, mean over the batch
             losses.append(torch.stack(terms).detach())
         optimizer.step()
@@ -215,7 +227,7 @@ def network(config, h, w):
         net = build(config)
         net.unet.check(h, w)
     except ValueError as e:
-        raise UserError(f"{e}: choose --resolution, --mult or --channels to fit") from None
+        raise UserError(e) from None
     sizes = [max(h, w) >> level for level in range(len(config["unet"]["mult"]))]
     if not set(config["unet"]["attention"]) <= set(sizes):
         raise UserError(f"--attention {config['unet']['attention']} is at none of the levels' sizes, {sizes}: choose among them, or none")
@@ -252,7 +264,7 @@ def crossed(seen, batch, kimg):
 
 
 def summary(history, batch, lr, since, device):
-    """A log line of the steps since the last: both terms, whole and by quartile of the training levels, lowest first."""
+    """A log line of the steps since the last: both terms, whole and by quartile of the levels drawn, lowest first."""
     t = torch.cat([t for _, t, _ in history]).cpu()
     losses = torch.cat([l for _, _, l in history], 1).cpu()     # [2, steps * batch]
     seconds = time.time() - since                               # behind the copies, which wait for the device
@@ -261,8 +273,7 @@ def summary(history, batch, lr, since, device):
         i = bad[0].item()
         raise UserError(f"the loss is not finite at step {history[i // batch][0] // batch}, level {t[i]:.4g} (denoise {losses[0, i]:g}, "
                         f"deblur {losses[1, i]:g}); stopped, the last checkpoint stays: try a lower --lr, or --precision fp32")
-    z = (t.log() - P_MEAN) / P_STD                              # unit normal
-    quartile = torch.bucketize(z, torch.tensor([-0.6745, 0., 0.6745]))
+    quartile = torch.from_numpy(np.searchsorted(np.quantile(t.numpy(), [0.25, 0.5, 0.75]), t.numpy()))
     by_level = [[round(l[quartile == q].mean().item(), 5) if (quartile == q).any() else None for q in range(4)] for l in losses]
     return {"kimg": history[-1][0] / 1000, "step": history[-1][0] // batch, "denoise": round(losses[0].mean().item(), 5),
             "deblur": round(losses[1].mean().item(), 5), "denoise_by_level": by_level[0], "deblur_by_level": by_level[1], "lr": lr,

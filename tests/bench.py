@@ -103,7 +103,7 @@ def shares(args, net, data, device, bf16, repeat):
     pictures = train.resident(data.pictures, device)
     index = lambda: train.shuffled(0, args.batch, len(pictures), 0).to(pictures.device)
     x0 = normalize(pictures[index()].to(device))
-    t, noise = training_levels(args.batch, device), torch.randn_like(x0)
+    t, noise = training_levels(x0, net.path), torch.randn_like(x0)
     labels = augment(x0, args.augment)[1] if args.augment else None
     optimizer = torch.optim.Adam(net.parameters(), lr=0., fused=True)
     ema = copy.deepcopy(net).requires_grad_(False)

@@ -1,4 +1,6 @@
 """Exact networks for data whose posterior is known: what the tests put in the place of a trained one."""
+from types import SimpleNamespace
+
 import torch
 
 from degrade import blur, dct2, frequencies, idct2
@@ -23,6 +25,12 @@ def gaussian_heads(spectrum, path):
         gain = m * spectrum / (m ** 2 * spectrum + sigma ** 2)
         u = dct2(x.double())
         return idct2(m * gain * u), idct2((1 - m) * gain * u)
+    return net
+
+
+def as_model(net, path, classes=0, blind=False, colour=None):
+    """net with what sample.generate asks of a Denoiser."""
+    net.path, net.unet, net.blind, net.colour = path, SimpleNamespace(classes=classes), blind, colour
     return net
 
 

@@ -160,7 +160,7 @@ class Constant(torch.nn.Module):
     """A network whose heads answer 1 and 2, and that remembers what it was asked."""
     in_channels, out_channels = 3, 6
 
-    def forward(self, x, c_noise, augment=None):
+    def forward(self, x, c_noise, augment=None, label=None):
         self.asked = x, c_noise
         return torch.cat([torch.full_like(x, 1.), torch.full_like(x, 2.)], 1)
 

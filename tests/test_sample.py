@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from degrade import BlurNoisePath, blur, dct2, degrade, frequencies, idct2
-from exact import gaussian_heads, gaussian_pictures, m_of, points_heads, power_law
+from exact import as_model, gaussian_heads, gaussian_pictures, m_of, points_heads, power_law
 from sample import climb, generate, integral, sample, seed_noise, solve, time_steps
 
 H = W = 32
@@ -208,8 +208,10 @@ def test_what_makes_no_sense_is_refused():
     for kw, words in ((dict(solver="rk4"), "euler, heun or multistep"), (dict(solver="multistep", churn=1.), "no churn")):
         with pytest.raises(ValueError, match=words):
             sample(net, BlurNoisePath(0.5), x, **kw)
-    with pytest.raises(ValueError, match="without noise|path with noise"):
-        sample(net, BlurNoisePath(math.inf), x, solver="multistep")
+    with pytest.raises(ValueError, match="path with noise"):
+        solve(net, BlurNoisePath(math.inf), x, time_steps(4), "multistep")
+    with pytest.raises(ValueError, match="give colour"):
+        sample(net, BlurNoisePath(math.inf), x)
 
 
 def test_a_seeds_noise_does_not_see_its_batch():
@@ -220,8 +222,7 @@ def test_a_seeds_noise_does_not_see_its_batch():
 
 def test_a_seeds_picture_does_not_see_its_batch():
     spectrum = power_law(8, 8)
-    net = gaussian_heads(spectrum, BlurNoisePath(0.5))
-    net.path = BlurNoisePath(0.5)
+    net = as_model(gaussian_heads(spectrum, BlurNoisePath(0.5)), BlurNoisePath(0.5))
     draw = lambda seeds, batch: torch.cat(list(generate(net, (3, 8, 8), seeds, "cpu", batch, churn=10)))
     torch.testing.assert_close(draw([7], 1)[0], draw(list(range(64)), 64)[7], rtol=0, atol=1e-9)
     torch.testing.assert_close(draw(list(range(10)), 3)[7], draw([7], 1)[0], rtol=0, atol=1e-9)
@@ -229,8 +230,7 @@ def test_a_seeds_picture_does_not_see_its_batch():
 
 def test_a_picture_degraded_a_little_comes_back_near():
     spectrum, path = power_law(16, 16), BlurNoisePath(0.5)
-    net = gaussian_heads(spectrum, path)
-    net.path = path
+    net = as_model(gaussian_heads(spectrum, path), path)
     x0 = gaussian_pictures(1, 3, spectrum, torch.Generator().manual_seed(0))
     near, far = (torch.cat(list(generate(net, (3, 16, 16), [0, 1], "cpu", init=x0, level=level))) for level in (0.05, 5.))
     assert (near - x0).std() < 0.1 < (far - x0).std()

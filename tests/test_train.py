@@ -186,7 +186,7 @@ def test_a_step_is_the_recipes(tmp_path, pictures, monkeypatch):
     assert asked[0][1] == 0.3 and asked[0][0].min() >= -1 and asked[0][0].max() <= 1
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert state["config"]["unet"] == dict(in_channels=3, out_channels=6, channels=8, mult=[1, 2], blocks=1, attention=[4], dropout=0.0,
-                                           augment_dim=9, resolution=8)
+                                           augment_dim=9, resolution=8, classes=0)
     assert state["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.999) and state["optimizer"]["param_groups"][0]["eps"] == 1e-8
     small(monkeypatch, pictures, tmp_path / "one", "--duration", 0.004, "--augment", 0.3, "--seed", 3, "--bnr", 2, "--lr", 1e-2)
     state = torch.load(tmp_path / "one/state.pt", weights_only=True)
@@ -327,7 +327,9 @@ def test_bad_options(trained, pictures, tmp_path, monkeypatch, capsys):
     go = lambda *args: lambda: run(monkeypatch, "--out", tmp_path / "new", "--device", "cpu", *args)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
-    for args, words in ((["--bnr", "-1"], ["--bnr", "-1"]), (["--bnr", "nan"], ["--bnr", "nan"]), (["--bnr", "inf"], ["cold"]),
+    for args, words in ((["--bnr", "-1"], ["--bnr", "-1"]), (["--bnr", "nan"], ["--bnr", "nan"]), (["--bnr", "inf", "--param", "noise"], ["no noise"]),
+                        (["--bnr", "inf", "--blind"], ["no noise"]), (["--blind", "--param", "x0"], ["blind", "not x0"]),
+                        (["--bnr", "1", "--path", "blurring"], ["--path", "--bnr"]), (["--cond"], ["--cond", "leaves"]),
                         (["--bnr", "half"], ["--bnr", "half"]), (["--data", tmp_path / "empty"], ["holds no picture"]),
                         (["--data", tmp_path / "none"], ["does not exist"]), (["--resolution", "15"], ["15 x 15 do not divide by 2"]),
                         (["--unknown", "1"], ["--unknown"]), (["--batch", "10", "--batch-gpu", "4"], ["--batch 10", "--batch-gpu 4"]),
