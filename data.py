@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
@@ -77,20 +78,23 @@ def load(spec, resolution=None, folder="data"):
     return load_files(Path(spec), resolution)
 
 
-def augment(x, p):
+def augment(x, p, batch=None, part=slice(None)):
     """EDM's non-leaky augmentation: x [B, C, H, W] -> the augmented pictures and what was done to each, [B, 9].
+
+    x may be a part, a slice, of a batch of that many: what is done to a picture does not depend on who has the others.
 
     Each kind happens with probability p, but the x-flip with one half. The 9 numbers go to the network and are 0 where nothing was
     done, as at sampling: x-flip, y-flip, scale, rotation (cos - 1, sin), stretch along a direction (cos, sin), shift in x and in y.
     The two numbers of a stretch are EDM's: they leave open whether it is wider along its direction or narrower against it.
     """
-    b, device = len(x), x.device
-    coin, uniform = (lambda q: torch.rand(b, device=device) < q), (lambda: math.pi * (2 * torch.rand(b, device=device) - 1))
+    b, device = batch or len(x), x.device
+    coin, uniform = (lambda q: torch.rand(b, device=device)[part] < q), (lambda: math.pi * (2 * torch.rand(b, device=device)[part] - 1))
+    normal = lambda *n: torch.randn(b, *n, device=device)[part]
     flip_x, flip_y = coin(0.5), coin(p) & coin(0.5)
-    scale = coin(p) * torch.randn(b, device=device)
+    scale = coin(p) * normal()
     angle = coin(p) * uniform()
-    stretch, direction = coin(p) * torch.randn(b, device=device), coin(0.5) * uniform()
-    shift = coin(p)[:, None] * torch.randn(b, 2, device=device)
+    stretch, direction = coin(p) * normal(), coin(0.5) * uniform()
+    shift = coin(p)[:, None] * normal(2)
     labels = torch.stack([flip_x, flip_y, scale, angle.cos() - 1, angle.sin(),
                           stretch * direction.cos(), stretch * direction.sin(), shift[:, 0], shift[:, 1]], 1)
 
@@ -271,16 +275,32 @@ def picture_files(path):
         raise UserError(f"{path} is one picture: give the folder it is in")
     if zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)
-        names = [inside(path, i.filename) for i in archive.infolist() if not i.is_dir()]
-        return [(n, lambda n=n: archive.read(n)) for n in names if is_picture(n)]
+        files = [i for i in archive.infolist() if not i.is_dir() and is_picture(inside(path, i.filename))]
+        bounded(path, sum(i.file_size for i in files))
+        return [(i.filename, lambda i=i: not_a_link(i.external_attr >> 28 != 0o12) and archive.read(i)) for i in files]
     return tar_files(path)
 
 
 def tar_files(path):
+    size = 0
     with tarfile.open(path) as tar:                             # in the archive's order: a compressed tar has no other
         for member in tar:
-            if is_picture(inside(path, member.name)) and member.isfile():
-                yield member.name, lambda: tar.extractfile(member).read()
+            if is_picture(inside(path, member.name)) and not member.isdir():
+                size += member.size
+                bounded(path, size)
+                yield member.name, lambda: not_a_link(member.isfile()) and tar.extractfile(member).read()
+
+
+def bounded(path, size):
+    """Pictures are compressed already: what grows a hundredfold is there to fill the memory."""
+    if size > 2 ** 29 + 100 * path.stat().st_size:
+        raise UserError(f"{path} unpacks to {size / 2 ** 30:.1f} GiB from {path.stat().st_size / 2 ** 20:.1f} MiB: not used")
+
+
+def not_a_link(true):
+    if not true:
+        raise ValueError("a link in an archive, which is not followed")
+    return true
 
 
 def inside(path, name):
@@ -405,14 +425,41 @@ def within(kind, low, high=math.inf):
 
 
 def device(text):
-    """An argparse type: cpu, cuda or cuda:1, where there is such a device."""
+    """An argparse type: cpu, cuda or cuda:1, where there is such a device; under torchrun cuda is this process's own."""
     try:
+        if text == "cuda" and "LOCAL_RANK" in os.environ:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as e:
         raise argparse.ArgumentTypeError(f"{text} cannot be used here: {str(e).splitlines()[0]}") from None
     if torch.device(text).type not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"{text} has no float64, or no pictures: use cpu or cuda")
     return text
+
+
+def rank():
+    """This process's number among those that torchrun started, 0 without it."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join():
+    """Join the others that torchrun started, if it did: what is on the CPU goes by gloo, what is on a GPU by NCCL."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group()
+
+
+@contextlib.contextmanager
+def first_rank_first():
+    """The block, in rank 0 before the others: it fetches or makes a file for all."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and ranks() > 1:
+        dist.barrier()
 
 
 def main():

@@ -7,7 +7,6 @@
 import hashlib
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -18,7 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Options, UserError, decode, fetch, load, picture_files, readable, to_uint8, within, written_aside
+from data import (Options, UserError, bounded, decode, fetch, first_rank_first, join, load, picture_files, rank, ranks, readable, to_uint8, within,
+                  written_aside)
 from sample import generate, load_model, no_tf32, sampler, sampler_options
 
 WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -278,6 +278,7 @@ def read_array(path):
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if path.suffix == ".npz":
+            bounded(path, array.zip.infolist()[0].file_size)
             array = array[array.files[0]]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
@@ -350,6 +351,7 @@ def read_statistics(path):
         with np.load(path, allow_pickle=False) as z:
             if not {"mu", "sigma"} <= set(z.files):
                 return None
+            bounded(path, sum(i.file_size for i in z.zip.infolist()))
             saved = {k: z[k] if k in ("mu", "sigma") else z[k].item() for k in z.files if k in ("mu", "sigma", "num", "source", "resize", "weights")}
     except Exception as e:                                      # zip, zlib and NumPy each have errors of their own
         raise UserError(f"{path} cannot be read: {e}") from None
@@ -377,14 +379,6 @@ def drawn_batches(net, shape, first, num, device, batch, **options):
             bar.update(len(x))
 
 
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def ranks():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def main():
     p = Options(description="The Frechet Inception distance of pictures on disk, or of a model's, to a reference.")
     p.add_argument("samples", nargs="?", help="a folder, zip, tar, .npy or .npz of pictures, cifar10, or saved statistics (.npz)")
@@ -397,13 +391,10 @@ def main():
     p.add_argument("--weights", help="the network's weights, a file of the published port's layout (default: fetched once into data/)")
     p.add_argument("--resize", choices=["tf1", "pytorch"], default="tf1", help="tf1: the original's and EDM's; pytorch: pytorch-fid's (default tf1)")
     p.add_argument("--json", action="store_true", help="print JSON")
-    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:                                # before anything opens the first GPU
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     args = p.parse_args()
     if (args.samples is None) == (args.ckpt is None):
         p.error("give either samples or --ckpt")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                # under torchrun
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    join()
     with p.one_line_errors():
         report(score(args), args.json)
     if dist.is_initialized():
@@ -412,13 +403,10 @@ def main():
 
 def score(args):
     no_tf32()
-    if rank() > 0:
-        dist.barrier()                                          # the first fetches for all
-    net, digest = load_inception(args.weights, args.device)
-    if ranks() > 1 and rank() == 0:
-        for spec in {args.samples, args.ref} & {"cifar10", "leaves"}:
+    with first_rank_first():
+        net, digest = load_inception(args.weights, args.device)
+        for spec in {args.samples, args.ref} & {"cifar10", "leaves"} if ranks() > 1 else ():
             load(spec)
-        dist.barrier()
     model = args.ckpt and load_model(args.ckpt, args.device, args.precision, args.compile)
     options, nfe = sampler(args, *model) if model else ({}, 0)
     ref = known(args.ref, net, args.resize, digest, args.batch, keep="data")

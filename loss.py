@@ -19,7 +19,7 @@ def disentangled_loss(net, x0, path, t=None, noise=None, sigma_data=0.5):
     At BNR 0 the second target is 0 and the first term is EDM's loss. A training step backpropagates their sum over pixels. On a cold
     path D = x has nothing to learn: the first term is 0 and the second is in units of the residual's own size.
     """
-    t = training_levels(x0, path) if t is None else t
+    t = training_levels(x0.shape, path, x0.device) if t is None else t
     noise = torch.randn_like(x0) if noise is None else noise
     x, blurry = degrade(x0, t, path, noise)                     # (1)
     d, r = net(x, t)
@@ -36,12 +36,12 @@ def weight(sigma, sigma_data=0.5):
     return (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2
 
 
-def training_levels(x0, path):
-    """A level t for each picture of x0 [B, C, H, W], float32 [B]: ln sigma normal, as EDM trains; on a cold path ln alpha uniform."""
+def training_levels(shape, path, device=None):
+    """A level t for each picture of shape [B, C, H, W], float32 [B]: ln sigma normal, as EDM trains; on a cold path ln alpha uniform."""
     if path.cold:
-        low, high = map(math.log, level_range(path, *x0.shape[-2:]))
-        return torch.exp(low + (high - low) * torch.rand(len(x0), device=x0.device))
-    return torch.exp(P_MEAN + P_STD * torch.randn(len(x0), device=x0.device))
+        low, high = map(math.log, level_range(path, *shape[2:]))
+        return torch.exp(low + (high - low) * torch.rand(shape[0], device=device))
+    return torch.exp(P_MEAN + P_STD * torch.randn(shape[0], device=device))
 
 
 def main():

@@ -8,13 +8,17 @@
 import argparse
 import math
 import os
+import zipfile
 from functools import partial
+from itertools import zip_longest
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Options, UserError, device, film_strip, load, normalize, read_picture, save_grid, save_picture, to_uint8, within
+from data import (Options, UserError, device, film_strip, join, load, normalize, rank, ranks, read_picture, save_grid, save_picture, to_uint8,
+                  within)
 from degrade import attenuation, dct2, degrade, frequencies, idct2, level_range, spread
 from model import build
 
@@ -197,12 +201,21 @@ def load_model(path, device="cpu", precision="fp32", compiled=False):
     if "net" in checkpoint:
         raise UserError(f"{path} is what a run resumes from: take the ema.pt beside it")
     try:
+        weights, (c, h, w) = checkpoint.pop("weights"), checkpoint["data"]["shape"]
         with torch.device("meta"):                              # nothing is allocated or initialised before the shapes are known to fit
             net = build(checkpoint["config"])
-        net.load_state_dict(checkpoint.pop("weights"), assign=True)
-        if len(checkpoint["data"]["shape"]) != 3:
-            raise ValueError("its data have no shape [C, H, W]")
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        net.load_state_dict(weights, assign=True)
+        net.unet.check(h, w)
+        if c != net.unet.in_channels or not (0 < h <= 4096 and 0 < w <= 4096):
+            raise ValueError(f"it makes no pictures of {c} x {h} x {w}")
+        if any((v.dtype, v.layout, v.device.type) != (torch.float32, torch.strided, "cpu") for v in weights.values()):
+            raise ValueError("its weights are not float32")
+        if sum(v.numel() * 4 for v in weights.values()) > os.path.getsize(path):
+            raise ValueError("its weights say that they are larger than the file")
+        classes, trained = checkpoint["data"]["classes"], checkpoint["options"]
+        if [type(v) for v in (trained["sample_steps"], trained["resolution"], trained["data"], *classes)] != [int, int, str] + [str] * len(classes):
+            raise TypeError("its options or classes are of no known type")
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as e:
         raise UserError(f"{path} is no model of this project, or its weights do not fit its config: {' '.join(str(e).split())[:200]}") from None
     net = net.float().to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     if precision == "bf16":
@@ -215,6 +228,9 @@ def load_model(path, device="cpu", precision="fp32", compiled=False):
 def read_checkpoint(path):
     """A file of torch.save, plain tensors and types only -> dict on the CPU. Raises UserError."""
     try:
+        with zipfile.ZipFile(path) as z:                        # torch.save stores without compressing: nothing is larger than the file
+            if sum(i.file_size for i in z.infolist()) > os.path.getsize(path):
+                raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: train a model with train.py first") from None
@@ -272,7 +288,7 @@ def sampler(args, net, checkpoint):
     """The sampler's options as keywords of generate, and its network evaluations. Raises UserError."""
     if args.solver == "multistep" and (args.churn or net.path.cold or net.blind):
         raise UserError("multistep takes no churn, no cold and no blind model: use --solver heun or euler")
-    steps = args.steps or checkpoint.get("options", {}).get("sample_steps", 18)
+    steps = args.steps or checkpoint["options"]["sample_steps"]
     nfe = 2 * steps - 1 if args.solver == "heun" else steps
     options = dict(steps=steps, solver=args.solver, churn=args.churn, s_min=args.s_min, s_max=args.s_max)
     if args.label is not None:
@@ -301,8 +317,11 @@ def main():
         p.error("--level is for --init: the level your own picture is degraded to")
     if args.data and not args.manifold:
         p.error("--data is for --manifold: the pictures of the forward process")
+    join()
     with p.one_line_errors():
         run(args)
+    if ranks() > 1:
+        dist.destroy_process_group()
 
 
 def run(args):
@@ -314,14 +333,15 @@ def run(args):
     options, nfe = sampler(args, net, checkpoint)
     shape = checkpoint["data"]["shape"]
     if args.manifold:
-        return show_manifold(args, net, checkpoint, nfe, options)
+        return show_manifold(args, net, checkpoint, nfe, options) if rank() == 0 else None
     if args.level and args.level <= level_range(net.path, *shape[1:])[0]:
         raise UserError(f"--level {args.level:g}: a cold model's level is its blur in pixels, above 0.1")
-    seeds, batch = (args.seeds[:3], 3) if args.strip else (args.seeds, args.batch)
+    wanted = args.seeds[:3] if args.strip else args.seeds
+    seeds, batch = (wanted, 3) if args.strip else (wanted[rank()::ranks()], args.batch)
     init = normalize(read_picture(args.init, *shape)) if args.init else None
 
     os.makedirs(os.path.dirname(out) or "." if args.grid or args.strip else out, exist_ok=True)
-    bar, states, levels = tqdm(total=nfe * math.ceil(len(seeds) / batch), unit=" evaluations"), [], {}
+    bar, states, levels = tqdm(total=nfe * math.ceil(len(seeds) / batch), unit=" evaluations", disable=rank() > 0), [], {}
     net.register_forward_hook(lambda *_: bar.update() and None)
 
     def watch(t, x, d, r):
@@ -335,9 +355,15 @@ def run(args):
         if not (args.grid or args.strip):
             for seed, picture in zip(seeds[done:], pictures):
                 save_picture(picture, f"{out}/{seed:06d}.png")
-        shown += pictures[:256 - len(shown)]
+        shown += pictures[:math.ceil(256 / ranks()) - len(shown)]
         done += len(pictures)
     bar.close()
+    if ranks() > 1:
+        each = [None] * ranks()
+        dist.all_gather_object(each, shown)
+        shown = [x for some in zip_longest(*each) for x in some if x is not None]
+        if rank() > 0:
+            return
     for t, read in levels.items():
         print(f"sigma of the schedule {t:8.4f}, sigma_hat {torch.cat(read).mean():8.4f} +- {torch.cat(read).std(correction=0):.4f}")
     if args.strip:
@@ -345,14 +371,12 @@ def run(args):
     else:
         save_grid(torch.stack(shown), f"{out}-grid.png")
     written = f"{out}-strip.png" if args.strip else f"{out}-grid.png" if args.grid else f"{out}/ and {out}-grid.png"
-    print(f"{len(seeds)} pictures, {args.solver} {options['steps']} steps, NFE {nfe}: {written}")
+    print(f"{len(wanted)} pictures, {args.solver} {options['steps']} steps, NFE {nfe}: {written}")
 
 
 def show_manifold(args, net, checkpoint, nfe, options):
-    trained = checkpoint.get("options", {})
-    if not (args.data or "data" in trained):
-        raise UserError(f"{args.ckpt} does not say what it was trained on: give --data")
-    pictures = load(args.data or trained["data"], trained.get("resolution") or None).pictures
+    trained = checkpoint["options"]
+    pictures = load(args.data or trained["data"], trained["resolution"] or None).pictures
     if list(pictures.shape[1:]) != checkpoint["data"]["shape"]:
         raise UserError(f"the pictures are {list(pictures.shape[1:])}, the model's {checkpoint['data']['shape']}")
     print(f"{args.manifold} samples, {args.solver} {options['steps']} steps, NFE {nfe}\n{'t':>10} {'distance':>12} {'floor':>12}")

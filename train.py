@@ -3,6 +3,7 @@
     python train.py                                        # dead leaves of 16 x 16, minutes on a CPU
     python train.py --data cifar10 --bnr 0.5               # the paper's CIFAR-10 run
     python train.py --data my-pictures/ --preset ffhq64    # your own pictures
+    torchrun --nproc_per_node=8 train.py --data cifar10    # the same on several GPUs
     python train.py --bnr inf --out run-cold               # the study: cold; or --path blurring, --param x0, --blind, --cond
 
 The same command again goes on where it stopped.
@@ -21,9 +22,12 @@ from functools import lru_cache, partial
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import Options, UserError, augment, device, load, normalize, save_grid, to_uint8, within, written_aside
+from data import (Options, UserError, augment, device, first_rank_first, join, load, normalize, rank, ranks, save_grid, to_uint8, within,
+                  written_aside)
 from loss import disentangled_loss, training_levels
 from model import build
 from sample import generate, no_tf32, read_checkpoint
@@ -53,8 +57,8 @@ def options():
     a("--cond", action="store_true", help="tell the network the class, the name of a picture's folder")
     a("--preset", choices=PRESETS, help="recipe (default: cifar10 for cifar10, else tiny)")
     a("--out", default="run", help="folder of checkpoints, log and grids; one that holds a run resumes it (default run)")
-    a("--batch", type=within(int, 1), default=512, help="pictures a step, over all accumulation (default 512)")
-    a("--batch-gpu", type=within(int, 1), help="pictures at a time, for less memory (default: the whole batch)")
+    a("--batch", type=within(int, 1), default=512, help="pictures a step, over all GPUs and accumulation (default 512)")
+    a("--batch-gpu", type=within(int, 1), help="pictures at a time on each GPU, for less memory (default: all of its share)")
     a("--lr", type=within(float, 0, 1), default=1e-3, help="Adam's learning rate (default 1e-3)")
     a("--warmup", type=within(float, 0), default=10000., help="kimg in which it rises from 0 (default 10000)")
     a("--duration", type=within(float, 0, 1e9), default=200000., help="kimg (thousands of pictures seen) to train for (default 200000)")
@@ -88,23 +92,28 @@ def bnr(text):
 
 def main():
     p, args = options()
+    join()
     with p.one_line_errors(), interrupts() as stop:
         train(args, stop)
+    if ranks() > 1:
+        dist.destroy_process_group()
     if stop:
         sys.exit(128 + stop[0])
 
 
-def train(args, stop=()):
-    """The whole run; it ends behind the step in which something comes into `stop`."""
+def train(args, stop):
+    """The whole run, one of them in each process of torchrun; it ends behind the step in which a signal's number comes into `stop`."""
     device = torch.device(args.device)
     bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    micro = min(args.batch_gpu or args.batch, args.batch)
-    if args.batch % micro:
-        raise UserError(f"--batch {args.batch} is no multiple of --batch-gpu {micro}")
+    local = args.batch // ranks()                               # this process's share of a step
+    micro = min(args.batch_gpu or local, local)
+    if args.batch % ranks() or local % micro:
+        raise UserError(f"--batch {args.batch} does not divide into {ranks()} processes of whole --batch-gpu {micro}")
     ema_path, state_path = f"{args.out}/ema.pt", f"{args.out}/state.pt"
     state = resumable(args, state_path, ema_path)
 
-    data = load(args.data, args.resolution or None)
+    with first_rank_first():
+        data = load(args.data, args.resolution or None)
     facts = data.facts()
     n, (c, h, w) = len(data.pictures), facts["shape"]
     if args.cond and len(data.classes) < 2:
@@ -122,50 +131,70 @@ def train(args, stop=()):
     if state:
         if state["data"] != facts:
             raise UserError(f"{args.out} was trained on other pictures: {state['data']}, and these are {facts}")
-        net.load_state_dict(state["net"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            net.load_state_dict(state["net"])
+            ema.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"{state_path} does not fit this network: {' '.join(str(e).split())[:200]}") from None
         seen = state["seen"]
     if args.compile or args.compile is None and device.type == "cuda":
         net.unet.compile()                                      # in place: the names of its weights stay the raw module's
     no_tf32()
     torch.backends.cudnn.benchmark = True                       # the fastest convolutions
-    os.makedirs(args.out, exist_ok=True)
-    write_options(args, f"{args.out}/options.json")
-    log = resumed_log(f"{args.out}/log.jsonl", seen)
+    if rank() == 0:
+        os.makedirs(args.out, exist_ok=True)
+        write_options(args, f"{args.out}/options.json")
+        log = resumed_log(f"{args.out}/log.jsonl", seen)
+    shared = DistributedDataParallel(net) if ranks() > 1 else net                               # averages the gradients of all
     pictures = resident(data.pictures, device)
     fid = scorer(args, pictures, facts, device, bf16) if args.fid_every else None
 
     total = math.ceil(args.duration * 1000 / args.batch) * args.batch
-    print(f"{facts['name']}: {n} pictures of {c} x {h} x {w}; {sum(p.numel() for p in net.parameters()):,} parameters, {args.path or f'BNR {args.bnr:g}'}; "
-          f"{device.type}, {'bf16' if bf16 else 'fp32'}, batch {args.batch} as {args.batch // micro} x {micro}"
-          + (f"; resuming at {seen / 1000:g} kimg" if seen else ""))
+    say = print if rank() == 0 else lambda text: None
+    say(f"{facts['name']}: {n} pictures of {c} x {h} x {w}; {sum(p.numel() for p in net.parameters()):,} parameters, {args.path or f'BNR {args.bnr:g}'}; "
+        f"{device.type}, {'bf16' if bf16 else 'fp32'}, batch {args.batch} as {args.batch // micro} x {micro}"
+        + (f" in {ranks()} processes" if ranks() > 1 else "") + (f"; resuming at {seen / 1000:g} kimg" if seen else ""))
     if seen >= total:
-        print(f"{args.out} has its {seen / 1000:g} kimg already; a longer --duration goes on from there")
-    bar = tqdm(total=total, initial=seen, unit="img", unit_scale=True)
-    history, since = [], time.time()
-    while seen < total:
-        # everything random in a step follows from the seed and the step, so a resumed run needs no random state
+        say(f"{args.out} has its {seen / 1000:g} kimg already; a longer --duration goes on from there")
+    bar = tqdm(total=total, initial=seen, unit="img", unit_scale=True, disable=rank() > 0)
+    mine = slice(rank() * local, (rank() + 1) * local)
+
+    def draw(part):
+        """Part of this step's batch: pictures, what augmentation did, classes, levels, noise. All of it is drawn and then sliced, for
+        it must not depend on --batch-gpu or on the number of processes; it follows from seed and step, so resuming needs no random state."""
         torch.manual_seed(args.seed * 1_000_003 + seen)
+        index = shuffled(seen, args.batch, n, args.seed)[part]
+        x0, augmented = normalize(take(pictures, index, device)), None                          # [B, C, H, W]
+        if args.augment:
+            x0, augmented = augment(x0, args.augment, args.batch, part)
+        label = data.labels[index].to(device) if args.cond else None
+        t, noise = training_levels((args.batch, c, h, w), net.path, device), torch.randn(args.batch, c, h, w, device=device)
+        return x0, augmented, label, t[part], noise[part]
+
+    def losses(model, x0, augmented, label, t, noise):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return disentangled_loss(partial(model, augment=augmented, label=label), x0, net.path, t, noise)
+
+    history, since = [], time.time()
+    broken = torch.zeros((), device=device)                     # 1 from the first gradient on that is not finite
+    while seen < total:
         lr = args.lr * min(1, (seen + args.batch) / max(args.warmup * 1000, 1))
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # the whole batch is drawn at once: what is drawn does not depend on --batch-gpu
-        index = shuffled(seen, args.batch, n, args.seed)
-        x0 = normalize(take(pictures, index, device))                                           # [B, C, H, W]
-        x0, augmented = augment(x0, args.augment) if args.augment else (x0, None)
-        label = data.labels[index].to(device) if args.cond else None
-        t, noise = training_levels(x0, net.path), torch.randn_like(x0)
-
-        losses = []
-        for i in range(0, args.batch, micro):
-            part = slice(i, i + micro)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                heads = partial(net, augment=augmented[part] if args.augment else None, label=label[part] if args.cond else None)
-                terms = disentangled_loss(heads, x0[part], net.path, t[part], noise[part])
-            (sum(terms).sum() * (c * h * w / args.batch)).backward()                            # sum over pixels, mean over the batch
-            losses.append(torch.stack(terms).detach())
+        batch = draw(mine)
+        if ranks() > 1:
+            torch.manual_seed(args.seed * 1_000_003 + seen + (rank() << 52))                    # each process its own dropout
+        records = []
+        for i in range(0, local, micro):
+            some = [None if v is None else v[i:i + micro] for v in batch]
+            with shared.no_sync() if ranks() > 1 and i + micro < local else contextlib.nullcontext():
+                terms = losses(shared, *some)
+                (sum(terms).sum() * (c * h * w / local)).backward()                             # sum over pixels, mean over the batch
+            records.append(torch.stack([some[3], *terms]).detach())                             # [3, micro]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in net.parameters()])
+        optimizer.found_inf = broken = torch.maximum(broken, 1 - norm.isfinite().float())       # at 1 a fused Adam stands still
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seen += args.batch
@@ -174,23 +203,27 @@ def train(args, stop=()):
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - 0.5 ** (args.batch / max(halflife, 1e-8)))
 
-        history.append((seen, t, torch.cat(losses, 1)))
+        history.append((torch.cat(records, 1), norm))
         bar.update(args.batch)
-        stopping = bool(stop)                                   # asked once, for a signal may come any time
+        stopping = agreed(stop)                                 # asked once, for a signal may come any time
         last = seen >= total or stopping
         snapshot = crossed(seen, args.batch, args.snapshot_every) or last
         scored = crossed(seen, args.batch, args.fid_every)
         if snapshot or scored or crossed(seen, args.batch, args.log_every):
-            line = summary(history, args.batch, lr, since, device)                             # stops the run at a loss that is not finite
+            line = summary(seen, gathered(history), lr, since, device)                         # stops the run at a loss that is not finite
+            for i, (_, norm) in enumerate(history):
+                if not norm.isfinite():
+                    seen -= (len(history) - i) * args.batch     # back to before that step: the weights have not moved since
+                    raise UserError(f"the gradient is not finite at step {seen // args.batch + 1}, {blame(net, losses, draw(slice(None)))}; "
+                                    "stopped, the last checkpoint stays: try a lower --lr, or --precision fp32")
             if scored:
                 line |= {"fid": round(fid(ema), 4), "fid_num": args.fid_num}
-            log.write(json.dumps(line) + "\n")
-            log.flush()
+            if rank() == 0:
+                log.write(json.dumps(line) + "\n")
+                log.flush()
             bar.set_postfix(denoise=f"{line['denoise']:.4f}", deblur=f"{line['deblur']:.4f}")
             history = []
-        if snapshot:
-            if not all(p.isfinite().all() for p in net.parameters()):
-                raise UserError(f"the weights are not finite after step {seen // args.batch}; stopped, the last checkpoint stays: try a lower --lr")
+        if snapshot and rank() == 0:
             common = {"config": config, "data": facts, "options": vars(args), "seen": seen}
             saved = save({"weights": ema.state_dict(), **common}, ema_path) and save(
                 {"net": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), **common}, state_path)
@@ -199,7 +232,8 @@ def train(args, stop=()):
             if not stopping:
                 draw_grid(ema, facts["shape"], device, args.sample_steps, f"{args.out}/grid-{seen // 1000:06d}.png")
         if stopping:
-            tqdm.write(f"stopped and saved at {seen / 1000:g} kimg; the same command goes on from there", file=sys.stderr)
+            if rank() == 0:
+                tqdm.write(f"stopped and saved at {seen / 1000:g} kimg; the same command goes on from there", file=sys.stderr)
             break
         if not history:
             since = time.time()
@@ -208,12 +242,16 @@ def train(args, stop=()):
 
 @contextlib.contextmanager
 def interrupts():
-    """A list that Ctrl-C or SIGTERM adds its number to, once; a second one ends the process at once."""
+    """A list that Ctrl-C or SIGTERM adds its number to, once; a second one ends the process at once.
+
+    But not under torchrun, which passes on a Ctrl-C that all of them have got already, and kills who takes long by itself.
+    """
     got = []
 
     def note(number, frame):
         got.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if ranks() == 1:
+            signal.signal(number, signal.SIG_DFL)
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield got
@@ -263,19 +301,49 @@ def crossed(seen, batch, kimg):
     return kimg > 0 and seen // (kimg * 1000) > (seen - batch) // (kimg * 1000)
 
 
-def summary(history, batch, lr, since, device):
+def gathered(history):
+    """The levels and losses of all processes, step by step: [steps, 3, batch] on the CPU."""
+    mine = torch.stack([record for record, _ in history])
+    parts = [torch.empty_like(mine) for _ in range(ranks())]
+    dist.all_gather(parts, mine) if ranks() > 1 else parts[0].copy_(mine)
+    return torch.cat(parts, 2).cpu()
+
+
+def agreed(stop):
+    """Whether any process got a signal: then all have it in `stop`, in the same step."""
+    number = torch.tensor(stop[0] if stop else 0)
+    if ranks() > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    if number and not stop:
+        stop.append(int(number))
+    return bool(number)
+
+
+def blame(net, losses, batch):
+    """Which level and term of a batch have a gradient that is not finite."""
+    for i, t in enumerate(batch[3].tolist()):
+        for k, term in enumerate(("denoise", "deblur")):
+            net.zero_grad()
+            losses(net, *[None if v is None else v[i:i + 1] for v in batch])[k].sum().backward()
+            if not all(p.grad is None or p.grad.isfinite().all() for p in net.parameters()):
+                return f"level {t:.4g}, term {term}"
+    return "of no picture alone"
+
+
+def summary(seen, records, lr, since, device):
     """A log line of the steps since the last: both terms, whole and by quartile of the levels drawn, lowest first."""
-    t = torch.cat([t for _, t, _ in history]).cpu()
-    losses = torch.cat([l for _, _, l in history], 1).cpu()     # [2, steps * batch]
+    steps, _, batch = records.shape
+    t, *losses = records.transpose(0, 1).flatten(1)             # [steps * batch] each
+    losses = torch.stack(losses)
     seconds = time.time() - since                               # behind the copies, which wait for the device
     bad = (~losses.isfinite()).any(0).nonzero().flatten()
     if len(bad):
         i = bad[0].item()
-        raise UserError(f"the loss is not finite at step {history[i // batch][0] // batch}, level {t[i]:.4g} (denoise {losses[0, i]:g}, "
+        raise UserError(f"the loss is not finite at step {seen // batch - steps + 1 + i // batch}, level {t[i]:.4g} (denoise {losses[0, i]:g}, "
                         f"deblur {losses[1, i]:g}); stopped, the last checkpoint stays: try a lower --lr, or --precision fp32")
     quartile = torch.from_numpy(np.searchsorted(np.quantile(t.numpy(), [0.25, 0.5, 0.75]), t.numpy()))
     by_level = [[round(l[quartile == q].mean().item(), 5) if (quartile == q).any() else None for q in range(4)] for l in losses]
-    return {"kimg": history[-1][0] / 1000, "step": history[-1][0] // batch, "denoise": round(losses[0].mean().item(), 5),
+    return {"kimg": seen / 1000, "step": seen // batch, "denoise": round(losses[0].mean().item(), 5),
             "deblur": round(losses[1].mean().item(), 5), "denoise_by_level": by_level[0], "deblur_by_level": by_level[1], "lr": lr,
             "images_per_s": round(losses.shape[1] / seconds, 1), "memory_gb": round(peak_memory(device), 2)}
 
@@ -298,8 +366,10 @@ def draw_grid(ema, shape, device, steps, path):
 def scorer(args, pictures, facts, device, bf16):
     """A function that gives the FID of a model's samples against the training pictures, as fid.py computes it."""
     from fid import drawn_batches, frechet_distance, load_inception, statistics
-    net, digest = load_inception(args.fid_weights, device)
-    ref = statistics(tqdm(pictures.split(256), "reference statistics", unit=" batches"), net, "tf1", digest, facts["name"])
+    with first_rank_first():
+        net, digest = load_inception(args.fid_weights, device)
+    ref = statistics(tqdm(pictures[rank()::ranks()].split(256), "reference statistics", unit=" batches", disable=rank() > 0), net, "tf1", digest,
+                     facts["name"])
 
     def fid(ema):
         batches = drawn_batches(ema, facts["shape"], 0, args.fid_num, device, 256, steps=args.sample_steps)

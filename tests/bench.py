@@ -56,7 +56,7 @@ def our_training(args, data, steps):
         window = steps * args.batch / 1000
         args.out, args.log_every, args.snapshot_every, args.duration = out, window, 0, 2 * window
         train.load, train.draw_grid = (lambda *a: data), (lambda *a: None)
-        train.train(args)
+        train.train(args, [])
         return [json.loads(l) for l in open(f"{out}/log.jsonl")][1]
 
 
@@ -103,7 +103,7 @@ def shares(args, net, data, device, bf16, repeat):
     pictures = train.resident(data.pictures, device)
     index = lambda: train.shuffled(0, args.batch, len(pictures), 0).to(pictures.device)
     x0 = normalize(pictures[index()].to(device))
-    t, noise = training_levels(x0, net.path), torch.randn_like(x0)
+    t, noise = training_levels(x0.shape, net.path, device), torch.randn_like(x0)
     labels = augment(x0, args.augment)[1] if args.augment else None
     optimizer = torch.optim.Adam(net.parameters(), lr=0., fused=True)
     ema = copy.deepcopy(net).requires_grad_(False)

@@ -57,7 +57,7 @@ def test_the_terms_are_each_pictures_own():
 
 def test_training_levels_are_log_normal():
     torch.manual_seed(0)
-    z = training_levels(torch.zeros(100_000, 1, 1, 1), BlurNoisePath(0.5)).log()
+    z = training_levels((100_000, 1, 1, 1), BlurNoisePath(0.5)).log()
     assert z.mean().item() == pytest.approx(-1.2, abs=0.02) and z.std().item() == pytest.approx(1.2, abs=0.02)
 
 
@@ -72,7 +72,7 @@ def test_levels_are_the_training_levels_unless_given():
     torch.manual_seed(1)
     disentangled_loss(lambda x, t: (asked.append(t), x, x)[1:], torch.zeros(5, 1, 4, 4), BlurNoisePath(0.5))
     torch.manual_seed(1)
-    assert torch.equal(asked[0], training_levels(torch.zeros(5, 1, 4, 4), BlurNoisePath(0.5)))
+    assert torch.equal(asked[0], training_levels((5, 1, 4, 4), BlurNoisePath(0.5)))
 
 
 def test_defaults_draw_from_torchs_global_generator():

@@ -14,7 +14,7 @@ from data import Pictures, normalize, to_uint8
 from degrade import BlurNoisePath, BlurringPath, blur, cut_offs, dct2, degrade, frequencies, idct2, level_range, spectrum
 from exact import as_model, gaussian_heads, gaussian_pictures, m_of, points_heads, power_law
 from loss import disentangled_loss, training_levels
-from model import Denoiser, UNet, build, residual_size
+from model import Denoiser, UNet, residual_size
 from sample import climb, generate, integral, load_model, manifold, plain, read_level, sample, solve, time_steps
 
 COLD, BLURRING = BlurNoisePath(math.inf), BlurringPath()
@@ -177,7 +177,7 @@ def test_the_cold_loss_is_one_where_nothing_is_learned():
 
 def test_cold_levels_are_uniform_in_their_logarithm():
     torch.manual_seed(0)
-    z = training_levels(torch.zeros(100_000, 1, 1, 4), COLD).log()
+    z = training_levels((100_000, 1, 1, 4), COLD).log()
     low, high = math.log(0.1), math.log(4)
     assert low <= z.min() < low + 0.01 and high - 0.01 < z.max() <= high and z.mean().item() == pytest.approx((low + high) / 2, abs=0.02)
     assert level_range(COLD, 12, 20) == (0.1, 20) and level_range(BLURRING, 12, 20) == (0.002, 80)
@@ -305,6 +305,8 @@ def test_a_class_needs_a_model_with_classes_and_the_level_a_place():
     for kw in (dict(param="noise", colour=COLOUR), dict(blind=True, colour=COLOUR), dict(colour={"mean": [0.], "cov": [[1.]]})):
         with pytest.raises(ValueError, match="cold"):
             Denoiser(Answer(6), COLD, **kw)
+    with pytest.raises(ValueError, match="give the mean"):
+        Denoiser(Answer(6), COLD)
     with pytest.raises(ValueError, match="blind"):
         Denoiser(Answer(3), BLURRING, param="x0", blind=True)
     with pytest.raises(ValueError, match="param is"):
