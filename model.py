@@ -31,8 +31,8 @@ class Denoiser(nn.Module):
             raise ValueError("a cold path has no noise to estimate: neither blind nor param noise go with BNR inf")
         if blind and param != "residual":
             raise ValueError(f"a blind network has param residual, not {param}")
-        if path.cold and (len(colour["mean"]), [len(row) for row in colour["cov"]]) != (c, [c] * c):
-            raise ValueError(f"a cold path starts from the mean and covariance of {c} channels")
+        if path.cold and (colour is None or (torch.tensor(colour["mean"]).shape, torch.tensor(colour["cov"]).shape) != ((c,), (c, c))):
+            raise ValueError(f"a cold path starts from a colour: give the mean and covariance of {c} channels")
         self.unet, self.path, self.sigma_data, self.param, self.blind, self.colour = unet, path, sigma_data, param, blind, colour
 
     def forward(self, x, t, augment=None, label=None):
@@ -185,8 +185,16 @@ class Attention(nn.Module):
 
 
 def build(config):
-    """A checkpoint's config, plain types, -> its Denoiser."""
-    path = BlurringPath() if config.get("path") == "blurring" else BlurNoisePath(config["bnr"])
+    """A checkpoint's config, plain types, -> its Denoiser. Raises ValueError and the like for what cannot be one, before it is built."""
+    u = config["unet"]
+    limits = {"in_channels": 64, "out_channels": 128, "channels": 4096, "blocks": 64, "resolution": 4096, "augment_dim": 64, "classes": 2 ** 20}
+    asked = [(k, u[k], limits[k]) for k in limits if k in u] + [("mult", m, 16) for m in u["mult"]] + [("mult", len(u["mult"]), 12)]
+    for k, v, limit in asked:
+        if type(v) is not int or not 0 <= v <= limit:
+            raise ValueError(f"{k} {v} is no whole number up to {limit}")
+    if config.get("path") not in (None, "blurring") or not (0 <= config["bnr"] <= 1e6 or config["bnr"] == math.inf) or not config["sigma_data"] > 0:
+        raise ValueError("its path is none of this project's")
+    path = BlurringPath() if config.get("path") else BlurNoisePath(config["bnr"])
     return Denoiser(UNet(**config["unet"]), path, config["sigma_data"], **{k: config[k] for k in ("param", "blind", "colour") if k in config})
 
 
