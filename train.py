@@ -161,8 +161,9 @@ def train(args, stop):
     mine = slice(rank() * local, (rank() + 1) * local)
 
     def draw(part):
-        """Part of this step's batch: pictures, what augmentation did, classes, levels, noise. All of it is drawn and then sliced, for
-        it must not depend on --batch-gpu or on the number of processes; it follows from seed and step, so resuming needs no random state."""
+        """A part of this step's batch: pictures, what augmentation did, classes, levels, noise."""
+        # drawn for the whole batch, then sliced, so as not to depend on --batch-gpu and the number of processes; from the seed and the
+        # step alone, so that a resumed run needs no random state
         torch.manual_seed(args.seed * 1_000_003 + seen)
         index = shuffled(seen, args.batch, n, args.seed)[part]
         x0, augmented = normalize(take(pictures, index, device)), None                          # [B, C, H, W]
@@ -211,11 +212,11 @@ def train(args, stop):
         scored = crossed(seen, args.batch, args.fid_every)
         if snapshot or scored or crossed(seen, args.batch, args.log_every):
             line = summary(seen, gathered(history), lr, since, device)                         # stops the run at a loss that is not finite
-            for i, (_, norm) in enumerate(history):
-                if not norm.isfinite():
-                    seen -= (len(history) - i) * args.batch     # back to before that step: the weights have not moved since
-                    raise UserError(f"the gradient is not finite at step {seen // args.batch + 1}, {blame(net, losses, draw(slice(None)))}; "
-                                    "stopped, the last checkpoint stays: try a lower --lr, or --precision fp32")
+            if broken:
+                good = [bool(norm.isfinite()) for _, norm in history].index(False)
+                seen -= (len(history) - good) * args.batch      # back to before that step: the weights have not moved since
+                raise UserError(f"the gradient is not finite at step {seen // args.batch + 1}, {blame(net, losses, draw(slice(None)))}; "
+                                "stopped, the last checkpoint stays: try a lower --lr, or --precision fp32")
             if scored:
                 line |= {"fid": round(fid(ema), 4), "fid_num": args.fid_num}
             if rank() == 0:
