@@ -4,7 +4,9 @@
     python data.py --data cifar10          # or of CIFAR-10, fetched once, or of any folder, zip or tar of pictures
 """
 import argparse
+import bz2
 import contextlib
+import gzip
 import hashlib
 import io
 import lzma
@@ -54,8 +56,9 @@ class Pictures:
         value = torch.arange(256) / 127.5 - 1
         mean = (p * value).sum(1)
         std = (p * (value - mean[:, None]) ** 2).sum(1).sqrt()
+        rounded = lambda values: [round(v, 9) for v in values.tolist()]                         # the last digits are the machine's
         return {"name": self.name, "count": n, "shape": [c, h, w], "classes": list(self.classes), "skipped": len(self.skipped),
-                "mean": mean.tolist(), "std": std.tolist()}
+                "mean": rounded(mean), "std": rounded(std)}
 
     def colour(self):
         """The Gaussian of the pictures' mean colours, in [-1, 1], as plain types: {"mean": [C], "cov": [C][C]}."""
@@ -282,13 +285,28 @@ def picture_files(path):
 
 
 def tar_files(path):
-    size = 0
-    with tarfile.open(path) as tar:                             # in the archive's order: a compressed tar has no other
-        for member in tar:
+    with open(path, "rb") as f:
+        start = f.read(6)
+    unpack = next((o for magic, o in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\0", lzma.open)) if start.startswith(magic)), open)
+    with unpack(path, "rb") as f, tarfile.open(fileobj=Bounded(f, path), mode="r:") as tar:
+        for member in tar:                                      # in the archive's order: a compressed tar has no other
             if is_picture(inside(path, member.name)) and not member.isdir():
-                size += member.size
-                bounded(path, size)
                 yield member.name, lambda: not_a_link(member.isfile()) and tar.extractfile(member).read()
+
+
+class Bounded:
+    """An unpacked tar, as far as `bounded` lets it go, headers and all: a header may say that it is gigabytes long."""
+
+    def __init__(self, file, path):
+        self.file, self.path, self.tell = file, path, file.tell
+
+    def read(self, n):
+        bounded(self.path, self.tell() + n)
+        return self.file.read(n)
+
+    def seek(self, place):
+        bounded(self.path, place)
+        return self.file.seek(place)
 
 
 def bounded(path, size):
@@ -428,6 +446,8 @@ def device(text):
     """An argparse type: cpu, cuda or cuda:1, where there is such a device; under torchrun cuda is this process's own."""
     try:
         if text == "cuda" and "LOCAL_RANK" in os.environ:
+            if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+                raise RuntimeError(f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes for {torch.cuda.device_count()} GPUs")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as e:

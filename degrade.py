@@ -30,7 +30,7 @@ class BlurNoisePath:
 
 
 class BlurringPath:
-    """Hoogeboom & Salimans' schedule (2209.05557) without its signal scale: alpha = 20 sin^2(pi u / 2) where tan(pi u / 2) = sigma."""
+    """Hoogeboom & Salimans' schedule (2209.05557) without its signal scale and its floor: alpha = 20 sin^2(pi u / 2) where tan(pi u / 2) = sigma."""
     cold = False
 
     def levels(self, t):

@@ -278,13 +278,15 @@ def read_array(path):
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if path.suffix == ".npz":
-            bounded(path, array.zip.infolist()[0].file_size)
+            bounded(path, sum(i.file_size for i in array.zip.infolist()))
             array = array[array.files[0]]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as e:                                      # zip, zlib and NumPy each have errors of their own
         raise UserError(f"{path} cannot be read: {e}") from None
-    if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.ndim == 4 and 3 not in (array.shape[1], array.shape[3]) \
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path} holds several arrays: end it in .npz")
+    if array.dtype != np.uint8 or array.ndim not in (3, 4) or 0 in array.shape[1:] or array.ndim == 4 and 3 not in (array.shape[1], array.shape[3]) \
             and 1 not in (array.shape[1], array.shape[3]):
         raise UserError(f"{path} holds {array.dtype} {list(array.shape)}, not uint8 pictures [N, H, W, 3]")
     return array if array.ndim == 3 or array.shape[3] in (1, 3) else array.transpose(0, 2, 3, 1)
@@ -355,6 +357,8 @@ def read_statistics(path):
             saved = {k: z[k] if k in ("mu", "sigma") else z[k].item() for k in z.files if k in ("mu", "sigma", "num", "source", "resize", "weights")}
     except Exception as e:                                      # zip, zlib and NumPy each have errors of their own
         raise UserError(f"{path} cannot be read: {e}") from None
+    if not isinstance(saved.get("num", 0), int) or not all(isinstance(saved.get(k, ""), str) for k in ("source", "resize", "weights")):
+        raise UserError(f"{path} holds statistics with facts of no known type")
     if saved["mu"].shape != (WIDTH,) or saved["sigma"].shape != (WIDTH, WIDTH) or not all(
             np.issubdtype(saved[k].dtype, np.floating) and np.isfinite(saved[k]).all() for k in ("mu", "sigma")):
         raise UserError(f"{path} holds mu {list(saved['mu'].shape)} and sigma {list(saved['sigma'].shape)}, not finite [{WIDTH}] and [{WIDTH}, {WIDTH}]")
@@ -444,7 +448,7 @@ def report(r, as_json):
         spread = f" +- {r['std']:.4f}" if r["std"] is not None else ""
         print(f"draws {', '.join(f'{f:.4f}' for f in r['draws'])}; lowest {r['fid']:.4f} (the paper's convention), mean {r['mean']:.4f}{spread}")
         churn = f"churn {r['churn']:g} from {r['s_min']:g} to {r.get('s_max', math.inf):g}" if r["churn"] else "no churn"
-        print(f"sampler {r['solver']}, {r['steps']} steps, NFE {r['nfe']}, {churn}, {r['precision']}")
+        print(f"sampler {r['solver']}" + (f", class {r['label']}" if "label" in r else "") + f", {r['steps']} steps, NFE {r['nfe']}, {churn}, {r['precision']}")
     print(f"FID {r['fid']:.4f}   {count(r['generated'])} pictures of {r['samples']} against {count(r['reference_num'])} of {r['reference']}; "
           f"resize {r['resize']}, weights {r['weights_sha256'][:8]}")
 

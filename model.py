@@ -4,6 +4,7 @@
 """
 import math
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -31,7 +32,8 @@ class Denoiser(nn.Module):
             raise ValueError("a cold path has no noise to estimate: neither blind nor param noise go with BNR inf")
         if blind and param != "residual":
             raise ValueError(f"a blind network has param residual, not {param}")
-        if path.cold and (colour is None or (torch.tensor(colour["mean"]).shape, torch.tensor(colour["cov"]).shape) != ((c,), (c, c))):
+        if path.cold and (colour is None or colour.keys() != {"mean", "cov"} or not np.isfinite(colour["cov"]).all()
+                          or (np.shape(colour["mean"]), np.shape(colour["cov"])) != ((c,), (c, c))):
             raise ValueError(f"a cold path starts from a colour: give the mean and covariance of {c} channels")
         self.unet, self.path, self.sigma_data, self.param, self.blind, self.colour = unet, path, sigma_data, param, blind, colour
 
@@ -187,13 +189,15 @@ class Attention(nn.Module):
 def build(config):
     """A checkpoint's config, plain types, -> its Denoiser. Raises ValueError and the like for what cannot be one, before it is built."""
     u = config["unet"]
-    limits = {"in_channels": 64, "out_channels": 128, "channels": 4096, "blocks": 64, "resolution": 4096, "augment_dim": 64, "classes": 2 ** 20}
-    asked = [(k, u[k], limits[k]) for k in limits if k in u] + [("mult", m, 16) for m in u["mult"]] + [("mult", len(u["mult"]), 12)]
-    for k, v, limit in asked:
-        if type(v) is not int or not 0 <= v <= limit:
-            raise ValueError(f"{k} {v} is no whole number up to {limit}")
-    if config.get("path") not in (None, "blurring") or not (0 <= config["bnr"] <= 1e6 or config["bnr"] == math.inf) or not config["sigma_data"] > 0:
-        raise ValueError("its path is none of this project's")
+    limits = {"in_channels": (1, 3), "out_channels": (1, 6), "channels": (4, 4096), "blocks": (1, 64), "resolution": (1, 4096), "augment_dim": (0, 9),
+              "classes": (0, 2 ** 20)}
+    for k, v, (low, high) in [(k, u[k], limits[k]) for k in limits if k in u] + [("a mult", m, (1, 16)) for m in u["mult"]] + \
+            [("the number of mult", len(u["mult"]), (1, 12))]:
+        if type(v) is not int or not low <= v <= high:
+            raise ValueError(f"{k} is no whole number from {low} to {high}")
+    if config.get("path") not in (None, "blurring") or not (0 <= config["bnr"] <= 1e6 or config["bnr"] == math.inf) \
+            or not 0 < config["sigma_data"] < 1e6 or not 0 <= u.get("dropout", 0) < 1:
+        raise ValueError("its path, sigma_data or dropout is none of this project's")
     path = BlurringPath() if config.get("path") else BlurNoisePath(config["bnr"])
     return Denoiser(UNet(**config["unet"]), path, config["sigma_data"], **{k: config[k] for k in ("param", "blind", "colour") if k in config})
 

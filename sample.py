@@ -57,12 +57,12 @@ def solve(net, path, x, times, solver="heun", churn=0., s_min=0., s_max=math.inf
     solver: "euler" and "multistep" evaluate net once a step, "heun" twice but for a last step to 0. churn: EDM's S_churn, for levels
     from s_min to s_max, with fresh noise from noise(), unit normal like x. watch(t, x, blurry, residual) sees each step's first
     evaluation. blind: net is told no level; each picture's is read from the answer, and times only say by which ratio it falls.
-    Raises ValueError for another solver and for multistep with churn, without noise or blind.
+    Raises ValueError for another solver, for multistep with churn or without noise, and for either when blind.
     """
     if solver not in ("euler", "heun", "multistep"):
         raise ValueError(f"solver is euler, heun or multistep, not {solver}")
-    if solver == "multistep" and (churn or path.cold or blind):
-        raise ValueError("multistep needs a path with noise and a network that knows its level, and takes no churn: use heun or euler")
+    if solver == "multistep" and (churn or path.cold or blind) or churn and blind:
+        raise ValueError("multistep needs a path with noise and no churn, and both need a network that knows its level: use heun or euler")
     x, times, before = x.double(), times.tolist(), None
     for t, s in zip(times[:-1], times[1:]):
         if churn and s_min <= t <= s_max:
@@ -169,8 +169,9 @@ def manifold(net, pictures, device, n, batch=64, **options):
     """Do n samples pass where the forward process does? Rows (t, distance, floor), and t = 0 last.
 
     distance: Frechet, between projections of the sampler's states and of degraded pictures (uint8 [N, C, H, W], drawn with replacement)
-    at the same level; floor: between two such sets of degraded pictures, what chance alone gives. States are divided by
-    sqrt(sigma^2 + 0.25) and projected on eight fixed random directions in every octave of frequency, the same for every model.
+    at the same level; floor: between two such sets of degraded pictures, what chance alone gives. The projections, the same for every
+    model, are eight fixed random directions in each octave of frequency, each divided by sqrt(v + sigma^2), v its variance over the
+    pictures: or the mean colour alone would count.
     """
     from fid import frechet_distance
     shape, g = pictures.shape[1:], torch.Generator().manual_seed(0)
@@ -178,19 +179,20 @@ def manifold(net, pictures, device, n, batch=64, **options):
     octave = torch.floor(torch.log2(lam / lam[lam > 0].min()) / 2 + 1e-9)                       # of frequency; the mean is at -inf
     bands = [torch.randn(len(lam), 8, dtype=torch.float64, generator=g) * (octave == o)[:, None] for o in octave.unique()]
     basis = torch.cat([torch.linalg.svd(b, full_matrices=False)[0][:, :min(8, (b[:, 0] != 0).sum())] for b in bands], 1).to(device)
+    project = lambda x: (dct2(x.double()).flatten(1) @ basis).cpu()                             # [B, K]
 
-    def project(x, t):
-        return (dct2(x.double()).flatten(1) @ basis / math.sqrt(net.path.levels(t)[1] ** 2 + 0.25)).cpu()
+    def degraded(t):
+        noisy = lambda x0: degrade(x0.to(device), t, net.path, torch.randn(x0.shape, generator=g).to(device))[0]
+        index = torch.randint(len(pictures), (n,), generator=g)
+        return torch.cat([project(noisy(normalize(pictures[i]))) for i in index.split(batch)])  # [n, K]
 
-    states = {}
-    watch = lambda t, x, d, r: states.setdefault(t, []).append(project(x, t))
+    v, states = degraded(0.).var(0), {}
+    watch = lambda t, x, d, r: states.setdefault(t, []).append(project(x))
     for x in generate(net, shape, range(n), device, batch, watch=watch, **options):
         watch(0., x, None, None)
     for t, ours in states.items():
-        sets = [torch.cat(ours)]
-        for _ in range(2):
-            drawn = normalize(pictures[torch.randint(len(pictures), (n,), generator=g)]).to(device)
-            sets.append(project(degrade(drawn, t, net.path, torch.randn(drawn.shape, generator=g).to(device))[0], t))
+        scale = (v + net.path.levels(t)[1] ** 2).clamp(min=1e-8).sqrt()
+        sets = (s / scale for s in (torch.cat(ours), degraded(t), degraded(t)))
         (a, b), (c, d), (e, f) = ((s.mean(0).numpy(), s.T.cov().numpy()) for s in sets)
         yield t, frechet_distance(a, b, c, d), frechet_distance(c, d, e, f)
 
@@ -206,16 +208,17 @@ def load_model(path, device="cpu", precision="fp32", compiled=False):
             net = build(checkpoint["config"])
         net.load_state_dict(weights, assign=True)
         net.unet.check(h, w)
-        if c != net.unet.in_channels or not (0 < h <= 4096 and 0 < w <= 4096):
-            raise ValueError(f"it makes no pictures of {c} x {h} x {w}")
+        if c != net.unet.in_channels or not all(type(n) is int and 0 < n <= 4096 for n in (h, w)):
+            raise ValueError("it makes pictures of no known shape")
         if any((v.dtype, v.layout, v.device.type) != (torch.float32, torch.strided, "cpu") for v in weights.values()):
             raise ValueError("its weights are not float32")
         if sum(v.numel() * 4 for v in weights.values()) > os.path.getsize(path):
             raise ValueError("its weights say that they are larger than the file")
         classes, trained = checkpoint["data"]["classes"], checkpoint["options"]
-        if [type(v) for v in (trained["sample_steps"], trained["resolution"], trained["data"], *classes)] != [int, int, str] + [str] * len(classes):
-            raise TypeError("its options or classes are of no known type")
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as e:
+        if type(trained["sample_steps"]) is not int or not 1 <= trained["sample_steps"] <= 10000 or trained["resolution"] not in (0, max(h, w)) \
+                or not all(isinstance(v, str) for v in (trained["data"], *classes)) or len(classes) < net.unet.classes:
+            raise TypeError("its options or classes are none of train.py's")
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as e:
         raise UserError(f"{path} is no model of this project, or its weights do not fit its config: {' '.join(str(e).split())[:200]}") from None
     net = net.float().to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     if precision == "bf16":
@@ -288,6 +291,8 @@ def sampler(args, net, checkpoint):
     """The sampler's options as keywords of generate, and its network evaluations. Raises UserError."""
     if args.solver == "multistep" and (args.churn or net.path.cold or net.blind):
         raise UserError("multistep takes no churn, no cold and no blind model: use --solver heun or euler")
+    if args.churn and net.blind:
+        raise UserError("--churn needs the level that a blind model is not told: leave it out")
     steps = args.steps or checkpoint["options"]["sample_steps"]
     nfe = 2 * steps - 1 if args.solver == "heun" else steps
     options = dict(steps=steps, solver=args.solver, churn=args.churn, s_min=args.s_min, s_max=args.s_max)
@@ -317,6 +322,8 @@ def main():
         p.error("--level is for --init: the level your own picture is degraded to")
     if args.data and not args.manifold:
         p.error("--data is for --manifold: the pictures of the forward process")
+    if args.manifold and (args.init or args.grid or args.strip):
+        p.error("--manifold prints a table of seeds from 0: it takes no --init, --grid or --strip")
     join()
     with p.one_line_errors():
         run(args)
@@ -334,8 +341,9 @@ def run(args):
     shape = checkpoint["data"]["shape"]
     if args.manifold:
         return show_manifold(args, net, checkpoint, nfe, options) if rank() == 0 else None
-    if args.level and args.level <= level_range(net.path, *shape[1:])[0]:
-        raise UserError(f"--level {args.level:g}: a cold model's level is its blur in pixels, above 0.1")
+    low, high = level_range(net.path, *shape[1:])
+    if args.level and not low < args.level <= high:
+        raise UserError(f"--level {args.level:g}: this model's are above {low} and up to {high:g}" + ", pixels of blur" * net.path.cold)
     wanted = args.seeds[:3] if args.strip else args.seeds
     seeds, batch = (wanted, 3) if args.strip else (wanted[rank()::ranks()], args.batch)
     init = normalize(read_picture(args.init, *shape)) if args.init else None
@@ -376,7 +384,15 @@ def run(args):
 
 def show_manifold(args, net, checkpoint, nfe, options):
     trained = checkpoint["options"]
-    pictures = load(args.data or trained["data"], trained["resolution"] or None).pictures
+    data = load(args.data or trained["data"], trained["resolution"] or None)
+    pictures = data.pictures
+    if net.unet.classes:
+        if "label" not in options:
+            raise UserError("--manifold of a class-conditional model compares one class: give --class")
+        name = checkpoint["data"]["classes"][options["label"]]
+        if name not in data.classes:
+            raise UserError(f"the pictures have no class {name}")
+        pictures = pictures[data.labels == data.classes.index(name)]
     if list(pictures.shape[1:]) != checkpoint["data"]["shape"]:
         raise UserError(f"the pictures are {list(pictures.shape[1:])}, the model's {checkpoint['data']['shape']}")
     print(f"{args.manifold} samples, {args.solver} {options['steps']} steps, NFE {nfe}\n{'t':>10} {'distance':>12} {'floor':>12}")

@@ -74,7 +74,7 @@ def options():
     a("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu (default: cuda if there is one)")
     a("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the network; auto: bf16 on a GPU that has it (default auto)")
     a("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the network, a minute or two (default: on a GPU)")
-    a("--log-every", type=within(float, 0), default=50., help="kimg between lines of the log (default 50)")
+    a("--log-every", type=within(float, 0.001), default=50., help="kimg between lines of the log (default 50)")
     a("--snapshot-every", type=within(float, 0), default=2500., help="kimg between checkpoints, with a grid (default 2500)")
     a("--fid-every", type=within(float, 0), default=0., help="kimg between FIDs of the averaged weights, 0 for none (default 0)")
     a("--fid-num", type=within(int, 2), default=10000, help="pictures of such an FID, seeds from 0 (default 10000)")
@@ -112,7 +112,7 @@ def train(args, stop):
     ema_path, state_path = f"{args.out}/ema.pt", f"{args.out}/state.pt"
     state = resumable(args, state_path, ema_path)
 
-    with first_rank_first():
+    with first_rank_first() if args.data in ("leaves", "cifar10") else contextlib.nullcontext():
         data = load(args.data, args.resolution or None)
     facts = data.facts()
     n, (c, h, w) = len(data.pictures), facts["shape"]
@@ -134,7 +134,12 @@ def train(args, stop):
         try:
             net.load_state_dict(state["net"])
             ema.load_state_dict(state["ema"])
-            optimizer.load_state_dict(state["optimizer"])
+            optimizer.load_state_dict({**state["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
+            for p, s in optimizer.state.items():                # what fused Adam does not look at
+                if not {(v.shape, v.dtype, v.layout) for v in (s["exp_avg"], s["exp_avg_sq"])} == {(p.shape, p.dtype, p.layout)}:
+                    raise ValueError("the optimizer's moments have other shapes than the weights")
+            if type(state["seen"]) is not int or state["seen"] < 0:
+                raise TypeError("it has seen no number of pictures")
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{state_path} does not fit this network: {' '.join(str(e).split())[:200]}") from None
         seen = state["seen"]
@@ -169,7 +174,7 @@ def train(args, stop):
         x0, augmented = normalize(take(pictures, index, device)), None                          # [B, C, H, W]
         if args.augment:
             x0, augmented = augment(x0, args.augment, args.batch, part)
-        label = data.labels[index].to(device) if args.cond else None
+        label = take(data.labels, index, device) if args.cond else None
         t, noise = training_levels((args.batch, c, h, w), net.path, device), torch.randn(args.batch, c, h, w, device=device)
         return x0, augmented, label, t[part], noise[part]
 
@@ -186,7 +191,7 @@ def train(args, stop):
 
         batch = draw(mine)
         if ranks() > 1:
-            torch.manual_seed(args.seed * 1_000_003 + seen + (rank() << 52))                    # each process its own dropout
+            torch.manual_seed(args.seed * 1_000_003 + seen + (rank() + 1 << 52))                # each process its own dropout
         records = []
         for i in range(0, local, micro):
             some = [None if v is None else v[i:i + micro] for v in batch]
@@ -325,7 +330,9 @@ def blame(net, losses, batch):
     for i, t in enumerate(batch[3].tolist()):
         for k, term in enumerate(("denoise", "deblur")):
             net.zero_grad()
-            losses(net, *[None if v is None else v[i:i + 1] for v in batch])[k].sum().backward()
+            loss = losses(net, *[None if v is None else v[i:i + 1] for v in batch])[k].sum()
+            if loss.requires_grad:                              # on a cold path there is nothing to denoise
+                loss.backward()
             if not all(p.grad is None or p.grad.isfinite().all() for p in net.parameters()):
                 return f"level {t:.4g}, term {term}"
     return "of no picture alone"
@@ -402,7 +409,7 @@ def resumable(args, state_path, ema_path):
             raise UserError(f"{args.out} holds a model, but no state.pt to resume from: choose another --out")
         return None
     state = read_checkpoint(state_path)
-    if not state.keys() >= {"net", "ema", "optimizer", "options", "data", "seen"}:
+    if not state.keys() >= {"net", "ema", "optimizer", "options", "data", "seen"} or not isinstance(state["options"], dict):
         raise UserError(f"{state_path} is no state of train.py: choose another --out")
     ours, theirs = vars(args), state["options"]
     differ = [f"--{k.replace('_', '-')} {theirs.get(k)}, not {v}" for k, v in ours.items() if k not in MAY_CHANGE and theirs.get(k) != v]
@@ -425,7 +432,7 @@ def resumed_log(path, seen):
 
 def write_options(args, path):
     with open(path, "w") as f:
-        json.dump(vars(args), f, indent=1)
+        json.dump({k: "inf" if v == math.inf else v for k, v in vars(args).items()}, f, indent=1)
 
 
 if __name__ == "__main__":

@@ -44,12 +44,18 @@ def test_order_of_convergence_on_the_blurring_path(solver, order):
 
 
 def test_the_blurring_path_needs_more_steps():
-    s = power_law(16, 16)
-    x = idct2(torch.ones(1, 1, 16, 16, dtype=torch.float64))
-    def distance(path):
-        gain = dct2(solve(gaussian_heads(s, path), path, x, time_steps(18)))[0, 0]
-        return (80 * gain.abs() - s.sqrt()).square().sum()
-    assert distance(BLURRING) > 5 * distance(BlurNoisePath(0.5))                                # Table 4 in miniature
+    """Table 4 and Figure 5 in miniature: the Frechet distance that Heun's steps alone leave, with exact heads; -s shows it."""
+    s = power_law(32, 32)
+    x = idct2(torch.ones(1, 1, 32, 32, dtype=torch.float64))
+    paths = {**{f"BNR {b}": BlurNoisePath(b) for b in (0, 0.5, 2, 10)}, "blurring": BLURRING}
+    distance = {}
+    for steps in (9, 18, 36):
+        for name, path in paths.items():
+            gain = dct2(solve(gaussian_heads(s, path), path, x, time_steps(steps)))[0, 0]
+            distance[steps, name] = (80 * gain.abs() - s.sqrt()).square().sum().item()
+        print("\n" * (steps == 9) + f"NFE {2 * steps - 1}: " + ", ".join(f"{name} {distance[steps, name]:.3g}" for name in paths))
+    for steps in (18, 36):
+        assert min(distance[steps, "blurring"], distance[steps, "BNR 10"]) > 5 * distance[steps, "BNR 0.5"] > 5 * distance[steps, "BNR 0"]
 
 
 def test_multisteps_integral_on_the_blurring_path():
@@ -313,8 +319,9 @@ def test_a_class_needs_a_model_with_classes_and_the_level_a_place():
         Denoiser(Answer(6), BLURRING, param="score")
     with pytest.raises(ValueError, match="1 heads"):
         Denoiser(Answer(6), BLURRING, param="x0")
-    with pytest.raises(ValueError, match="knows its level"):
-        solve(None, BLURRING, torch.zeros(1, 1, 4, 4), time_steps(3), "multistep", blind=True)
+    for solver, churn in (("multistep", 0), ("heun", 1)):
+        with pytest.raises(ValueError, match="knows its level"):
+            solve(None, BLURRING, torch.zeros(1, 1, 4, 4), time_steps(3), solver, churn, blind=True)
 
 
 @pytest.mark.parametrize("path", [BlurNoisePath(0), BlurNoisePath(0.5), BlurNoisePath(2), BLURRING])
@@ -332,6 +339,17 @@ def test_exact_heads_do_not_leave_the_manifold(path):
     assert rows[-1][1] > 10 * rows[-1][2]
 
 
+@pytest.mark.parametrize("octave", [0, 1, 2])
+def test_the_manifolds_distance_sees_each_octave(octave):
+    """A model of pictures that lack one octave of frequencies, 1 to 2, 2 to 4 or from 4 on, times the lowest."""
+    s, path = power_law(8, 8, total=0.04), BlurNoisePath(0.5)
+    pictures = to_uint8(gaussian_pictures(4000, 1, s, torch.Generator().manual_seed(1)))
+    k = (frequencies(8, 8) / frequencies(8, 8)[0, 1]).sqrt() + 1e-9
+    without = torch.where((k >= 2 ** octave) & ((k < 2 ** (octave + 1)) | (octave == 2)), 1e-9, s)
+    *_, (t, distance, floor) = manifold(as_model(gaussian_heads(without, path), path), pictures, "cpu", 2000, batch=2000, steps=40)
+    assert t == 0 and distance > 2 and distance > 10 * floor
+
+
 def test_the_manifolds_distance_is_the_closed_form():
     """Heads that answer nothing leave x = V (what blur does not touch) + noise / sigma: two Gaussians with known variances."""
     s, path, n = power_law(8, 8, total=0.04), BlurNoisePath(0.5), 4000
@@ -339,7 +357,7 @@ def test_the_manifolds_distance_is_the_closed_form():
     none = lambda x, t: (0 * x, 0 * x)                          # n_hat = x / sigma: the state is sigma times the latents
     for t, distance, floor in manifold(as_model(none, path), pictures, "cpu", n, batch=n, steps=6):
         m = m_of(0.5 * t, 8, 8)[0, 0] ** 2
-        by_frequency = (((m * s + t ** 2).sqrt() - t) ** 2 / (t ** 2 + 0.25)).flatten()
+        by_frequency = (((m * s + t ** 2).sqrt() - t) ** 2 / (s + t ** 2)).flatten()            # s: of the directions, in expectation
         lam = frequencies(8, 8).flatten()
         total = by_frequency[0]                                 # the mean's own direction, then eight in each octave, its mean in expectation
         for low in (1, 2, 4, 8):
@@ -366,9 +384,10 @@ def test_each_of_the_studys_models_from_the_command_line(options, tmp_path, monk
     ckpt = ["--ckpt", tmp_path / "run/ema.pt"]
     assert (net.path.cold, isinstance(net.path, BlurringPath)) == ("inf" in options, "blurring" in options)
     assert (net.param, net.blind, net.unet.classes) == (options[-1] if "--param" in options else "residual", "--blind" in options, 2 * ("--cond" in options))
-    printed = go(sample_script, *ckpt, "--seeds", "0-3", "--steps", 3, "--out", tmp_path / "s", "--churn", 1)
+    churn = [] if net.blind else ["--churn", 1]
+    printed = go(sample_script, *ckpt, "--seeds", "0-3", "--steps", 3, "--out", tmp_path / "s", *churn)
     assert printed.count("sigma_hat") == (3 if net.blind else 0) and len(list((tmp_path / "s").iterdir())) == 4
-    printed = go(sample_script, *ckpt, "--manifold", 100, "--steps", 3)
+    printed = go(sample_script, *ckpt, "--manifold", 100, "--steps", 3, *(["--class", "a"] if net.unet.classes else []))
     assert len([line for line in printed.splitlines() if len(line.split()) == 3]) == 5
     def refused(*args):
         with pytest.raises(SystemExit) as e:
@@ -376,13 +395,18 @@ def test_each_of_the_studys_models_from_the_command_line(options, tmp_path, monk
         assert e.value.code == 2
         return capsys.readouterr().err
     if net.path.cold:
-        assert "above 0.1" in refused("--init", tmp_path / "set/a/0.png", "--level", 0.05)
+        for level in (0.05, 9):
+            assert "above 0.1 and up to 8, pixels" in refused("--init", tmp_path / "set/a/0.png", "--level", level)
         x = normalize(torch.from_numpy(np.stack([np.asarray(Image.open(f)) for f in (tmp_path / "set").rglob("*.png")]))).mean((1, 2)).double()
         assert net.colour["mean"] == pytest.approx(x.mean(0).tolist(), abs=1e-6)
         assert np.array(net.colour["cov"]) == pytest.approx(np.cov(x.T.numpy(), bias=True), abs=1e-6)
     if net.path.cold or net.blind:
         assert "multistep" in refused("--solver", "multistep")
+    if net.blind:
+        assert "--churn" in refused("--churn", 1)
+    assert "--manifold" in refused("--manifold", 100, "--strip")
     if net.unet.classes:
+        assert "give --class" in refused("--manifold", 100)
         go(sample_script, *ckpt, "--seeds", "0-3", "--steps", 3, "--out", tmp_path / "b", "--class", "b", "--churn", 1)
         a, b = ([(tmp_path / d / f"00000{i}.png").read_bytes() for i in range(4)] for d in "sb")
         assert a[1::2] == b[1::2]                               # odd seeds have class 1, b, unless another is asked for

@@ -250,7 +250,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     assert (tmp_path / "run/ema.pt").read_bytes() == before
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_and_is_named(tmp_path, pictures, monkeypatch, capsys):
+@pytest.mark.parametrize("bnr", [0.5, "inf"])
+def test_a_gradient_that_is_not_finite_stops_the_run_and_is_named(tmp_path, pictures, monkeypatch, capsys, bnr):
+    monkeypatch.setitem(globals(), "SMALL", [*SMALL, "--bnr", str(bnr)])
     small(monkeypatch, pictures, tmp_path / "run", "--duration", 0.032)
     before = (tmp_path / "run/ema.pt").read_bytes()
 
