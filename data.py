@@ -466,10 +466,14 @@ def ranks():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def join():
-    """Join the others that torchrun started, if it did: what is on the CPU goes by gloo, what is on a GPU by NCCL."""
+@contextlib.contextmanager
+def joined():
+    """Within, this process talks to the others that torchrun started, if it did: by gloo of what is on the CPU, by NCCL of what is on a GPU."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group()
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager

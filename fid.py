@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (Options, UserError, bounded, decode, fetch, first_rank_first, join, load, picture_files, rank, ranks, readable, to_uint8, within,
+from data import (Options, UserError, bounded, decode, fetch, first_rank_first, joined, load, picture_files, rank, ranks, readable, to_uint8, within,
                   written_aside)
 from sample import generate, load_model, no_tf32, sampler, sampler_options
 
@@ -398,11 +398,8 @@ def main():
     args = p.parse_args()
     if (args.samples is None) == (args.ckpt is None):
         p.error("give either samples or --ckpt")
-    join()
-    with p.one_line_errors():
+    with joined(), p.one_line_errors():
         report(score(args), args.json)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def score(args):

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (Options, UserError, device, film_strip, join, load, normalize, rank, ranks, read_picture, save_grid, save_picture, to_uint8,
+from data import (Options, UserError, device, film_strip, joined, load, normalize, rank, ranks, read_picture, save_grid, save_picture, to_uint8,
                   within)
 from degrade import attenuation, dct2, degrade, frequencies, idct2, level_range, spread
 from model import build
@@ -324,11 +324,8 @@ def main():
         p.error("--data is for --manifold: the pictures of the forward process")
     if args.manifold and (args.init or args.grid or args.strip):
         p.error("--manifold prints a table of seeds from 0: it takes no --init, --grid or --strip")
-    join()
-    with p.one_line_errors():
+    with joined(), p.one_line_errors():
         run(args)
-    if ranks() > 1:
-        dist.destroy_process_group()
 
 
 def run(args):

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (Options, UserError, augment, device, first_rank_first, join, load, normalize, rank, ranks, save_grid, to_uint8, within,
+from data import (Options, UserError, augment, device, first_rank_first, joined, load, normalize, rank, ranks, save_grid, to_uint8, within,
                   written_aside)
 from loss import disentangled_loss, training_levels
 from model import build
@@ -92,11 +92,8 @@ def bnr(text):
 
 def main():
     p, args = options()
-    join()
-    with p.one_line_errors(), interrupts() as stop:
+    with joined(), p.one_line_errors(), interrupts() as stop:
         train(args, stop)
-    if ranks() > 1:
-        dist.destroy_process_group()
     if stop:
         sys.exit(128 + stop[0])
 
@@ -317,12 +314,11 @@ def gathered(history):
 
 def agreed(stop):
     """Whether any process got a signal: then all have it in `stop`, in the same step."""
-    number = torch.tensor(stop[0] if stop else 0)
     if ranks() > 1:
+        number = torch.tensor(stop[0] if stop else 0)
         dist.all_reduce(number, dist.ReduceOp.MAX)
-    if number and not stop:
-        stop.append(int(number))
-    return bool(number)
+        stop += [int(number)] if number and not stop else []
+    return bool(stop)
 
 
 def blame(net, losses, batch):

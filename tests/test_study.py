@@ -275,6 +275,29 @@ def test_a_blind_sampler_keeps_to_its_schedule_and_corrects_a_wrong_start(solver
     assert wrong[0] < 0.3 * wrong[1]
 
 
+@pytest.mark.parametrize("path", [BlurNoisePath(2), BLURRING])
+def test_a_blind_step_by_hand(path):
+    """From the level that is read, down by the schedule's ratio, whatever the schedule thinks."""
+    net = lambda x, t: (0.6 * x.sin(), 0.2 * x)                 # heads of no use, told nothing
+    x, s = torch.randn(2, 3, 8, 8, dtype=torch.float64), []
+    x[1] *= 5
+    for picture in x:
+        d, r = net(picture, None)
+        high = (picture - d).square().mean().sqrt().item()
+        low = high * 1 / 3
+        m = lambda sigma: m_of(path.levels(sigma)[0], 8, 8)[0, 0]
+        move = lambda x0_hat, n_hat: picture + idct2((m(low) - m(high)) * dct2(x0_hat)) + (low - high) * n_hat
+        euler = move(d + r, (picture - d) / high)
+        d2, r2 = net(euler, None)
+        s.append((euler, move((d + r + d2 + r2) / 2, ((picture - d) / high + (euler - d2) / low) / 2)))
+    for i, solver in enumerate(("euler", "heun")):
+        ours = solve(net, path, x, torch.tensor([3., 1.], dtype=torch.float64), solver, blind=True)
+        torch.testing.assert_close(ours, torch.stack([pair[i] for pair in s]))
+    ours = torch.cat(list(generate(as_model(net, path, blind=True), (3, 8, 8), [4], "cpu", init=x[:1], level=3., steps=2, solver="euler")))
+    start = degrade(x[:1], 3., path, torch.randn(3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))[None])[0]
+    torch.testing.assert_close(ours, solve(net, path, start, time_steps(2, t_max=3.), "euler", blind=True))
+
+
 def test_the_class_is_one_embedding_added_to_the_levels():
     torch.manual_seed(0)
     unet = UNet(3, 6, **SMALL, classes=5)
@@ -305,6 +328,28 @@ def test_a_class_is_learned_and_asked_for():
     for label, seeds, shade in ((0, [5, 6], [-1, -1]), (1, [5, 6], [1, 1]), (None, [4, 5, 6], [-1, 1, -1])):
         x = torch.cat(list(generate(net.eval(), (1, 8, 8), seeds, "cpu", batch=2, label=label, steps=8)))
         assert x.mean((1, 2, 3)).tolist() == pytest.approx(shade, abs=0.2)
+
+
+def test_training_tells_the_network_each_pictures_class(tmp_path, monkeypatch):
+    for name, shade in (("black", 0), ("white", 255)):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(np.full((8, 8, 3), shade, np.uint8)).save(tmp_path / "set" / name / f"{i}.png")
+    seen = []
+
+    def watched(net, x0, path, t, noise, original=train.disentangled_loss):
+        seen.append((x0.mean((1, 2, 3)), net.keywords["label"]))
+        return original(net, x0, path, t, noise)
+    monkeypatch.setattr(train, "disentangled_loss", watched)
+    options = "--cond --channels 8 --mult 1 --attention --resolution 8 --batch 8 --batch-gpu 4 --duration 0.016 --sample-steps 1 --device cpu".split()
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(tmp_path / "set"), "--out", str(tmp_path / "run"), *options])
+    train.main()
+    assert len(seen) == 4 and all(torch.equal(x0, 2. * label - 1) for x0, label in seen)
+    compared = []
+    monkeypatch.setattr(sample_script, "manifold", lambda net, pictures, *args, **kw: compared.append((pictures, kw["label"])) or [])
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt", str(tmp_path / "run/ema.pt"), "--device", "cpu", "--manifold", "100", "--class", "white"])
+    sample_script.main()
+    assert len(compared[0][0]) == 4 and (compared[0][0] == 255).all() and compared[0][1] == 1
 
 
 def test_a_class_needs_a_model_with_classes_and_the_level_a_place():
