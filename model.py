@@ -79,8 +79,8 @@ def residual_size(alpha, x):
 class UNet(nn.Module):
     """DDPM++ as EDM configures it. unet(x [B, in, H, W], c_noise [B], augment [B, augment_dim] or None, label [B]) -> [B, out, H, W].
 
-    With classes, each picture needs its label. channels x mult gives the width of each level, each half the size of the one above; blocks residual blocks a level; attention
-    at the levels of those sizes when the input is `resolution` pixels a side. H and W must divide by 2^(levels - 1).
+    With classes, each picture needs its label. channels x mult gives the width of each level, each half the size of the one above;
+    blocks residual blocks a level; attention at the levels of those sizes when the input is `resolution` pixels a side. H and W must divide by 2^(levels - 1).
     """
 
     def __init__(self, in_channels, out_channels, channels=128, mult=(2, 2, 2), blocks=4, attention=(16,), resolution=32, dropout=0.,
@@ -121,7 +121,8 @@ class UNet(nn.Module):
         """Raises ValueError where pictures of h x w do not fit this network."""
         divisor = 2 ** (self.levels - 1)
         if h % divisor or w % divisor:
-            raise ValueError(f"pictures of {h} x {w} do not divide by {divisor}, as a network of {self.levels} levels needs: take another resolution or fewer levels (mult)")
+            raise ValueError(f"pictures of {h} x {w} do not divide by {divisor}, as a network of {self.levels} levels needs: "
+                             "take another resolution or fewer levels (mult)")
 
     def forward(self, x, c_noise, augment=None, label=None):
         self.check(*x.shape[-2:])

@@ -299,7 +299,8 @@ def sampler(args, net, checkpoint):
     if args.label is not None:
         classes = checkpoint["data"]["classes"][:net.unet.classes]
         if args.label not in classes + [str(i) for i in range(len(classes))]:
-            raise UserError(f"--class {args.label}: the model's classes are {', '.join(classes)}" if classes else "--class is for a model trained with --cond")
+            raise UserError(f"--class {args.label}: the model's classes are {', '.join(classes)}" if classes else
+                            "--class is for a model trained with --cond")
         options["label"] = classes.index(args.label) if args.label in classes else int(args.label)
     return options, nfe
 
