@@ -122,15 +122,16 @@ def main():
     from data import Options, UserError, film_strip, leaves, load, normalize, read_picture, within
     p = Options(description="Draw the forward process, a row for each BNR and a column for each level, and the spectrum that it meets.")
     a = p.add_argument
-    a("--image", help="a picture of your own; default: dead leaves made here")
-    a("--data", help="take the spectrum of these: leaves, cifar10, or a folder, zip or tar of pictures (default: 256 leaves, or --image)")
+    a("--image", help="a picture of your own (default: the first of --data, or dead leaves made here)")
+    a("--data", help="take the spectrum of these: leaves, cifar10, or a folder, zip or tar of pictures (default: --image, or 256 leaves)")
     a("--bnr", type=within(float, 0, 1e6), nargs="+", default=[0.5, 2, 10], help="rows of the spectrum's picture (default 0.5 2 10)")
     a("--resolution", type=within(int, 2, 1024), default=32, help="side in pixels (default 32)")
     a("--out", default="degrade.png", help="the film strip; the spectrum's has -spectrum in its name (default degrade.png)")
     args = p.parse_args()
     with p.one_line_errors():
-        x0 = read_picture(args.image, 3, args.resolution, args.resolution) if args.image else leaves(1, args.resolution, seed=167)
-        seen = load(args.data, args.resolution).pictures if args.data else x0 if args.image else leaves(256, args.resolution)
+        own = read_picture(args.image, 3, args.resolution, args.resolution) if args.image else None
+        seen = load(args.data, args.resolution).pictures if args.data else leaves(256, args.resolution) if own is None else own
+        x0 = own if own is not None else seen[:1] if args.data else leaves(1, args.resolution, seed=167)
         x0 = normalize(x0).double()
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         times = [0, 0.1, 0.2, 0.4, 0.7, 1, 2, 4, 8, 16]

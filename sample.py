@@ -276,7 +276,7 @@ def seed_list(text):
 
 def sampler_options(p):
     a = p.add_argument
-    a("--steps", type=within(int, 1, 10000), help="steps; Heun evaluates the network 2 steps - 1 times (default: the model's preset's, 18 or 40)")
+    a("--steps", type=within(int, 1, 10000), help="steps; Heun evaluates the network 2 steps - 1 times (default: the model's --sample-steps, 18 or 40 by preset)")
     a("--solver", choices=["euler", "heun", "multistep"], default="heun", help="default heun")
     a("--churn", type=within(float, 0, 1e6), default=0., help="EDM's S_churn: fresh noise before each step (default 0)")
     a("--s-min", type=within(float, 0), default=0., help="churn from this level (default 0)")
@@ -382,7 +382,10 @@ def run(args):
 
 def show_manifold(args, net, checkpoint, nfe, options):
     trained = checkpoint["options"]
-    data = load(args.data or trained["data"], trained["resolution"] or None)
+    try:
+        data = load(args.data or trained["data"], trained["resolution"] or None)
+    except UserError as e:
+        raise UserError(e if args.data else f"{e}; the model was trained on it, --data says where it is now") from None
     pictures = data.pictures
     if net.unet.classes:
         if "label" not in options:

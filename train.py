@@ -87,7 +87,10 @@ def options():
 
 
 def bnr(text):
-    return math.inf if text == "inf" else within(float, 0, 1e6)(text)
+    try:
+        return math.inf if text == "inf" else within(float, 0, 1e6)(text)
+    except argparse.ArgumentTypeError as e:
+        raise argparse.ArgumentTypeError(f"{e}, or inf") from None
 
 
 def main():
@@ -235,12 +238,12 @@ def train(args, stop):
             if not stopping:
                 draw_grid(ema, facts["shape"], device, args.sample_steps, f"{args.out}/grid-{seen // 1000:06d}.png")
         if stopping:
-            if rank() == 0:
-                tqdm.write(f"stopped and saved at {seen / 1000:g} kimg; the same command goes on from there", file=sys.stderr)
             break
         if not history:
             since = time.time()
     bar.close()
+    if stop and rank() == 0:
+        print(f"stopped and saved at {seen / 1000:g} kimg; the same command goes on from there", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -337,7 +337,7 @@ def test_bad_options(trained, pictures, tmp_path, monkeypatch, capsys):
     go = lambda *args: lambda: run(monkeypatch, "--out", tmp_path / "new", "--device", "cpu", *args)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
-    for args, words in ((["--bnr", "-1"], ["--bnr", "-1"]), (["--bnr", "nan"], ["--bnr", "nan"]), (["--bnr", "inf", "--param", "noise"], ["no noise"]),
+    for args, words in ((["--bnr", "-1"], ["--bnr", "-1"]), (["--bnr", "nan"], ["--bnr", "nan", "or inf"]), (["--bnr", "inf", "--param", "noise"], ["no noise"]),
                         (["--bnr", "inf", "--blind"], ["no noise"]), (["--blind", "--param", "x0"], ["blind", "not x0"]),
                         (["--bnr", "1", "--path", "blurring"], ["--path", "--bnr"]), (["--cond"], ["--cond", "leaves"]),
                         (["--bnr", "half"], ["--bnr", "half"]), (["--data", tmp_path / "empty"], ["holds no picture"]),
