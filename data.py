@@ -278,7 +278,7 @@ def picture_files(path):
         raise UserError(f"{path} is one picture: give the folder it is in")
     if zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)
-        files = [i for i in archive.infolist() if not i.is_dir() and is_picture(inside(path, i.filename))]
+        files = [i for i in archive.infolist() if not i.filename.endswith("/") and is_picture(inside(path, i.filename))]
         bounded(path, sum(i.file_size for i in files))
         return [(i.filename, lambda i=i: not_a_link(i.external_attr >> 28 != 0o12) and archive.read(i)) for i in files]
     return tar_files(path)

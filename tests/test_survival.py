@@ -262,7 +262,7 @@ def test_damaged_files_give_a_right_answer_or_one_line(files, tmp_path, monkeypa
         for kind, read in seeds_of_fuzz(tmp_path).items():
             whole, answers = (tmp_path / f"a.{kind}").read_bytes(), 0
             read(str(tmp_path / f"a.{kind}"))
-            for seed in range(files):
+            for seed in (735, *range(files)):                   # 735: a zip with a name of no length
                 file = tmp_path / f"m.{kind}"
                 file.write_bytes(mutated(whole, random.Random(seed)))
                 signal.alarm(20)
@@ -275,7 +275,7 @@ def test_damaged_files_give_a_right_answer_or_one_line(files, tmp_path, monkeypa
                     pytest.fail(f"{kind}, seed {seed}: {e!r}")
                 finally:
                     signal.alarm(0)
-            assert answers < files, kind                        # some damage was done
+            assert answers <= files, kind                       # some damage was done
     finally:
         signal.signal(signal.SIGALRM, before)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2 * 2 ** 20
