@@ -296,6 +296,9 @@ def test_a_blind_step_by_hand(path):
     ours = torch.cat(list(generate(as_model(net, path, blind=True), (3, 8, 8), [4], "cpu", init=x[:1], level=3., steps=2, solver="euler")))
     start = degrade(x[:1], 3., path, torch.randn(3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))[None])[0]
     torch.testing.assert_close(ours, solve(net, path, start, time_steps(2, t_max=3.), "euler", blind=True))
+    latents = torch.randn(3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))[None]
+    ours = torch.cat(list(generate(as_model(net, path, blind=True), (3, 8, 8), [4], "cpu", steps=3)))
+    torch.testing.assert_close(ours, solve(net, path, 80 * latents, time_steps(3), blind=True))
 
 
 def test_the_class_is_one_embedding_added_to_the_levels():
