@@ -58,7 +58,8 @@ def test_fast_ways_give_the_plain_networks_answers(how, tolerance):
 def test_sampling_in_bf16_is_near_and_keeps_its_state_in_float64(tmp_path):
     net = network()
     config = {"bnr": 0.5, "sigma_data": 0.5, "unet": dict(in_channels=3, out_channels=6, **SMALL)}
-    torch.save({"weights": net.state_dict(), "config": config, "data": {"shape": [3, 16, 16]}}, tmp_path / "c.pt")
+    torch.save({"weights": net.state_dict(), "config": config, "data": {"shape": [3, 16, 16], "classes": []},
+                "options": {"sample_steps": 6, "resolution": 16, "data": "leaves"}}, tmp_path / "c.pt")
     latents = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     fp32, bf16 = (sample(load_model(tmp_path / "c.pt", precision=p)[0], net.path, latents, steps=6) for p in ("fp32", "bf16"))
     assert fp32.dtype == bf16.dtype == torch.float64
