@@ -33,6 +33,7 @@ CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 ARCHIVE_ERRORS = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError, NotImplementedError)
+ROOM = 2 ** 29                                                  # bytes that any archive may unpack to
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
@@ -311,7 +312,7 @@ class Bounded:
 
 def bounded(path, size):
     """Pictures are compressed already: what grows a hundredfold is there to fill the memory."""
-    if size > 2 ** 29 + 100 * path.stat().st_size:
+    if size > ROOM + 100 * path.stat().st_size:
         raise UserError(f"{path} unpacks to {size / 2 ** 30:.1f} GiB from {path.stat().st_size / 2 ** 20:.1f} MiB: not used")
 
 
