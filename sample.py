@@ -74,7 +74,8 @@ def solve(net, path, x, times, solver="heun", churn=0., s_min=0., s_max=math.inf
         if solver == "multistep":
             x, before = multistep(x, d + r, t, s, path, before), (d + r, t)
             continue
-        a, b = (read_level(x, d), read_level(x, d) * s / t) if blind else (t, s)                # the levels of this step
+        a = read_level(x, d) if blind else t                    # the levels of this step, from a
+        b = a * s / t if blind else s                           # to b
         x0_hat, n_hat = d + r, noise_estimate(x, d, a, path)
         x_s = step(x, x0_hat, n_hat, a, b, path)
         if solver == "heun" and s > 0:
