@@ -1,13 +1,16 @@
-"""The Frechet Inception distance, as EDM and the original TensorFlow code compute it. README, "FID".
+"""The Frechet Inception distance (FID) as EDM and the original TensorFlow code compute it.
 
-    python fid.py samples/ --ref cifar10                                  # pictures on disk against the training set
-    python fid.py --ckpt run/ema.pt --ref cifar10 --num 50000             # sample and score, three draws, no files
-    torchrun --nproc_per_node=8 -- fid.py --ckpt run/ema.pt --ref cifar10 # on eight GPUs
+    python fid.py samples/ --ref cifar10                      # images on disk
+    python fid.py --ckpt run/ema.pt --ref cifar10             # sample and score, three draws
+    python fid.py --ckpt any/ema.pt --ref cifar10 --bnr 0 0.5 # a network of --bnr any, by ratio
+    torchrun --nproc_per_node=8 -- fid.py --ckpt run/ema.pt --ref cifar10       # on eight GPUs
 """
+import contextlib
 import hashlib
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,222 +18,244 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
-from data import (Options, UserError, bounded, decode, fetch, first_rank_first, joined, load, picture_files, rank, ranks, readable, to_uint8, within,
-                  written_aside)
-from sample import generate, load_model, no_tf32, sampler, sampler_options
+from data import bounded, decode, image_files, load, readable
+from model import load_model
+from sample import generate, sampler, sampler_options, sampling_path
+from util import (Parser, UserError, atomic_write, crop_and_resize, fetch, full_float32, number,
+                  process_group, rank, rank_0_first, to_uint8, world_size)
 
-WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-WEIGHTS_SHA256 = "6726825d"
-WIDTH = 2048                                                    # of the features
-VERSION = 1                                                     # of how pictures are read and resized: another keeps its own statistics
+WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+               "pt_inception-2015-12-05-6726825d.pth")
+WEIGHTS_SHA256 = "6726825d"                     # its first digits
+WIDTH = 2048                                    # features of an image
+NATIVE_RESOLUTION = {"cifar10": 32, "leaves": 16}               # of the data sets with a name
+VERSION = 2                                     # of how images are read, for what is kept of them
 
+
+# The distance and the statistics that it needs
 
 def frechet_distance(mu1, cov1, mu2, cov2):
-    """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2) of two Gaussians: arrays [D] and [D, D], float64 inside.
+    """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2) of two Gaussians: means [D] and
+    covariances [D, D], arrays or tensors. Computed in float64.
 
-    With C = B B^T from the eigenvalues of each, the last trace is the sum of the singular values of B1^T B2: no root is taken of a
-    rounding error, so singular covariances are no trouble.
+    Where C = B B^T, the trace of the root is the sum of the singular values of B1^T B2. This takes
+    no root of a rounding error, so that singular covariances need nothing special.
     """
     mu1, cov1, mu2, cov2 = (torch.as_tensor(a, dtype=torch.float64) for a in (mu1, cov1, mu2, cov2))
-
-    def factor(cov):
-        w, v = torch.linalg.eigh(cov)
-        kept = w > w.max() * len(w) * torch.finfo(w.dtype).eps  # what is below is rounding
-        return v[:, kept] * w[kept].sqrt()
     shared = torch.linalg.svdvals(factor(cov1).T @ factor(cov2)).sum()
     return ((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * shared).item()
 
 
-@torch.no_grad()
-def features(pictures, net, batch=256):
-    """Mean [D] and covariance [D, D] (float64 arrays) of net over an iterable of uint8 batches [B, C, H, W], in one pass.
+def factor(cov):
+    """B of C = B B^T: float64 [D, the rank of C]."""
+    values, vectors = torch.linalg.eigh(cov)
+    kept = values > values.max() * len(values) * torch.finfo(values.dtype).eps  # not rounding
+    return vectors[:, kept] * values[kept].sqrt()
 
-    The features themselves are not kept. In a process group each process gives its share of the pictures and all get the result.
+
+@torch.no_grad()
+def mean_and_covariance(batches, net, batch=256):
+    """Of the features of net [B, D] over uint8 batches [B, C, H, W], in one pass that keeps no
+    features: float64 arrays [D] and [D, D], and the number of images.
+
+    In a process group each process gives its share of the images, and each gets the result for all.
+    Raises UserError for fewer than two images.
     """
-    n, mean, outer = 0, torch.zeros(1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
-    for part in (p for chunk in pictures for p in chunk.split(batch)):
-        with torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False):
-            f = net(part).double()
-        if n == 0:                                              # sums are taken around a point near the mean, or digits would cancel
-            shift, total, outer = f.mean(0), torch.zeros_like(f[0]), f.new_zeros(f.shape[1], f.shape[1])
-        f = f - shift
+    n, mean, scatter = 0, torch.zeros(1), torch.zeros(1, 1)
+    for images in (part for some in batches for part in some.split(batch)):
+        f = net(images).double()
+        if n == 0:                          # sums are taken around a point near the mean: far from
+            origin = f.mean(0)              # it, large numbers would cancel and lose digits
+            total, outer = torch.zeros_like(origin), torch.zeros_like(f.T @ f)
+        f = f - origin
         n, total, outer = n + len(f), total + f.sum(0), outer + f.T @ f
     if n:
-        mean, outer = shift + total / n, outer - torch.outer(total, total) / n
-    if ranks() > 1:
-        n, mean, outer = merged(n, mean, outer)
-    if n == 0:
-        raise UserError("there are no pictures to take statistics of")
+        mean, scatter = origin + total / n, outer - torch.outer(total, total) / n
+    if world_size() > 1:
+        n, mean, scatter = merged(n, mean, scatter)
     if n < 2:
-        raise UserError("one picture has no covariance: give at least two")
-    return mean.cpu().numpy(), (outer / (n - 1)).cpu().numpy()
+        raise UserError("one image has no covariance: give at least two" if n else
+                        "there are no images to take statistics of")
+    return mean.cpu().numpy(), (scatter / (n - 1)).cpu().numpy(), n
 
 
-def merged(n, mean, outer):
-    """Counts, means and scatter matrices of every process -> those of all; a process may have had no pictures."""
-    each = [None] * ranks()
-    dist.all_gather_object(each, (n, mean.cpu(), outer.cpu()))
-    each = [e for e in each if e[0]]
-    if not each:
-        return n, mean, outer
-    n = sum(m for m, _, _ in each)
-    mean = sum(m * mu for m, mu, _ in each) / n
-    return n, mean, sum(o + m * torch.outer(mu - mean, mu - mean) for m, mu, o in each)
+def merged(n, mean, scatter):
+    """The number of images, mean and scatter matrix of each process -> those of all together. A
+    process may have no images."""
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, (n, mean.cpu(), scatter.cpu()))
+    parts = [part for part in parts if part[0]]
+    if not parts:
+        return n, mean, scatter
+    n = sum(m for m, _, _ in parts)
+    mean = sum(m * mu for m, mu, _ in parts) / n
+    return n, mean, sum(s + m * torch.outer(mu - mean, mu - mean) for m, mu, s in parts)
 
+
+def statistics(batches, net, resize, digest, source, batch=256):
+    """Uint8 batches [B, 1 or 3, H, W] -> mu, sigma and how they were made, in the layout of the
+    statistics files of EDM and pytorch-fid. net, digest: see load_inception."""
+    mu, sigma, n = mean_and_covariance(batches, partial(net, resize=resize), batch)
+    return {"mu": mu, "sigma": sigma, "num": n, "source": source, "resize": resize,
+            "weights": digest}
+
+
+# The network
 
 class InceptionV3(nn.Module):
     """The FID network: uint8 [B, 1 or 3, H, W] -> float32 features [B, 2048].
 
-    resize "tf1" is the original's: to 299 x 299, bilinear, source = target * size / 299; "pytorch" is pytorch-fid's, with half-pixel
-    centres. Parameters bear the names of the published port, pt_inception-2015-12-05.
+    resize: how images come to 299 x 299, bilinear. "tf1" is the original's: source pixel = target
+    pixel * size / 299. "pytorch" is pytorch-fid's: with half-pixel centres. The parameters have the
+    names of the published port, pt_inception-2015-12-05.
     """
 
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3 = Conv(3, 32, 3, 2, 0), Conv(32, 32, 3, 1, 0), Conv(32, 64, 3)
-        self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = Conv(64, 80), Conv(80, 192, 3, 1, 0)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = A(192, 32), A(256, 64), A(288, 64)
-        self.Mixed_6a = B()
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = C(128), C(160), C(160), C(192)
-        self.Mixed_7a = D()
-        self.Mixed_7b, self.Mixed_7c = E(1280, average), E(2048, maximum)
+        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = Conv(3, 32, 3, 2, 0), Conv(32, 32, 3, 1, 0)
+        self.Conv2d_2b_3x3, self.Conv2d_3b_1x1 = Conv(32, 64, 3), Conv(64, 80)
+        self.Conv2d_4a_3x3, self.Mixed_5b = Conv(80, 192, 3, 1, 0), InceptionA(192, 32)
+        self.Mixed_5c, self.Mixed_5d = InceptionA(256, 64), InceptionA(288, 64)
+        self.Mixed_6a, self.Mixed_6b = InceptionB(), InceptionC(128)
+        self.Mixed_6c, self.Mixed_6d = InceptionC(160), InceptionC(160)
+        self.Mixed_6e, self.Mixed_7a = InceptionC(192), InceptionD()
+        self.Mixed_7b, self.Mixed_7c = InceptionE(1280, average_pool), InceptionE(2048, max_pool)
         self.fc = nn.Linear(2048, 1008)                         # in the file; FID does not use it
 
-    def forward(self, pictures, resize="tf1"):
-        x = pictures.to(self.fc.weight.device).float()
-        x = x.expand(-1, 3, -1, -1)
+    def forward(self, images, resize="tf1"):
+        if images.shape[1] not in (1, 3):
+            raise UserError(f"FID needs images of 1 or 3 channels, not {images.shape[1]}")
+        x = images.to(self.fc.weight.device).float().expand(-1, 3, -1, -1)
         if resize == "tf1":
-            x = (stretch(stretch(x, 2), 3) - 128) / 128         # [B, 3, 299, 299]
+            x = (resize_tf1_along(resize_tf1_along(x, 2), 3) - 128) / 128
         elif resize == "pytorch":
             x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) * (2 / 255) - 1
         else:
-            raise ValueError(f"resize is tf1 or pytorch, not {resize}")
+            raise ValueError(f"resize must be tf1 or pytorch, not {resize}")
         with torch.autocast(x.device.type, enabled=False):
-            x = x.contiguous(memory_format=torch.channels_last)
-            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))                   # [B, 64, 147, 147]
-            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))                   # [B, 192, 71, 71]
-            x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))              # [B, 288, 35, 35]
-            x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))    # [B, 768, 17, 17]
-            x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))                                  # [B, 2048, 8, 8]
-            return x.mean((2, 3))                               # [B, 2048]
+            x = x.contiguous(memory_format=torch.channels_last)                 # [B, 3, 299, 299]
+            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))   # [B, 64, 147, 147]
+            x = F.max_pool2d(x, 3, 2)                                           # [B, 64, 73, 73]
+            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))                       # [B, 192, 71, 71]
+            x = F.max_pool2d(x, 3, 2)                                           # [B, 192, 35, 35]
+            x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))                  # [B, 288, 35, 35]
+            x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))                  # [B, 768, 17, 17]
+            x = self.Mixed_6e(self.Mixed_6d(x))                                 # [B, 768, 17, 17]
+            x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))                  # [B, 2048, 8, 8]
+            return x.mean((2, 3))                                               # [B, 2048]
 
 
-def stretch(x, dim, size=299):
-    """TensorFlow 1's bilinear resize along one dimension: no half-pixel centres, the right neighbour clamped."""
+def resize_tf1_along(x, dim, size=299):
+    """TensorFlow 1's bilinear resize of one dimension: no half-pixel centres; the right neighbour
+    of the last pixel is that pixel."""
     n = x.shape[dim]
     source = torch.arange(size, device=x.device) * (n / size)
     left = source.long().clamp(max=n - 1)
+    right = (left + 1).clamp(max=n - 1)
     share = (source - left).reshape([size if d == dim else 1 for d in range(x.ndim)])
-    return torch.lerp(x.index_select(dim, left), x.index_select(dim, (left + 1).clamp(max=n - 1)), share)
+    return torch.lerp(x.index_select(dim, left), x.index_select(dim, right), share)
 
 
-def average(x):
-    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-
-
-def maximum(x):
-    return F.max_pool2d(x, 3, 1, 1)
+average_pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+max_pool = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+half_size_pool = partial(F.max_pool2d, kernel_size=3, stride=2)
 
 
 class Conv(nn.Module):
-    """Convolution, batch norm with its stored statistics, ReLU; size a number or (height, width)."""
+    """Convolution, batch norm, ReLU. size: a number or (height, width). padding: by default what
+    keeps the size."""
 
     def __init__(self, cin, cout, size=1, stride=1, padding=None):
         super().__init__()
         h, w = (size, size) if isinstance(size, int) else size
-        self.conv = nn.Conv2d(cin, cout, (h, w), stride, (h // 2, w // 2) if padding is None else padding, bias=False)
-        self.bn = BatchNorm(cout)
+        padding = (h // 2, w // 2) if padding is None else padding
+        self.conv = nn.Conv2d(cin, cout, (h, w), stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(cout, eps=0.001)
 
     def forward(self, x):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-class BatchNorm(nn.Module):
-    def __init__(self, n):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(n)), nn.Parameter(torch.zeros(n))
-        self.register_buffer("running_mean", torch.zeros(n))
-        self.register_buffer("running_var", torch.ones(n))
+class Branches(nn.Module):
+    """Branches side by side, whose outputs are concatenated. branches: lists of layers; a tuple in
+    them holds layers that share their input.
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        state_dict.pop(f"{prefix}num_batches_tracked", None)    # the published file counts batches, which nothing needs
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    The published file numbers the convolutions of a branch that has several: branch_1, branch_2a
+    and branch_2b in a tuple.
+    """
+
+    def __init__(self, **branches):
+        super().__init__()
+        self.branches = list(branches.values())
+        for name, layers in branches.items():
+            convs = [layer for layer in layers if isinstance(layer, (Conv, tuple))]
+            for i, conv in enumerate(convs, 1):
+                number = f"_{i}" if len(convs) > 1 else ""
+                for letter, layer in zip("ab", conv) if isinstance(conv, tuple) else [("", conv)]:
+                    self.add_module(name + number + letter, layer)
 
     def forward(self, x):
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=0.001)
+        return torch.cat([self.run(layers, x) for layers in self.branches], 1)
+
+    def run(self, layers, x):
+        for layer in layers:
+            x = torch.cat([f(x) for f in layer], 1) if isinstance(layer, tuple) else layer(x)
+        return x
 
 
-class A(nn.Module):
-    def __init__(self, cin, pool):
-        super().__init__()
-        self.branch1x1 = Conv(cin, 64)
-        self.branch5x5_1, self.branch5x5_2 = Conv(cin, 48), Conv(48, 64, 5)
-        self.branch3x3dbl_1, self.branch3x3dbl_2, self.branch3x3dbl_3 = Conv(cin, 64), Conv(64, 96, 3), Conv(96, 96, 3)
-        self.branch_pool = Conv(cin, pool)
-
-    def forward(self, x):
-        return torch.cat([self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)),
-                          self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))), self.branch_pool(average(x))], 1)
+class InceptionA(Branches):
+    def __init__(self, cin, pooled):
+        super().__init__(
+            branch1x1=[Conv(cin, 64)],
+            branch5x5=[Conv(cin, 48), Conv(48, 64, 5)],
+            branch3x3dbl=[Conv(cin, 64), Conv(64, 96, 3), Conv(96, 96, 3)],
+            branch_pool=[average_pool, Conv(cin, pooled)])
 
 
-class B(nn.Module):
+class InceptionB(Branches):
     def __init__(self):
-        super().__init__()
-        self.branch3x3 = Conv(288, 384, 3, 2, 0)
-        self.branch3x3dbl_1, self.branch3x3dbl_2, self.branch3x3dbl_3 = Conv(288, 64), Conv(64, 96, 3), Conv(96, 96, 3, 2, 0)
-
-    def forward(self, x):
-        return torch.cat([self.branch3x3(x), self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))), F.max_pool2d(x, 3, 2)], 1)
+        super().__init__(
+            branch3x3=[Conv(288, 384, 3, 2, 0)],
+            branch3x3dbl=[Conv(288, 64), Conv(64, 96, 3), Conv(96, 96, 3, 2, 0)],
+            branch_pool=[half_size_pool])
 
 
-class C(nn.Module):
+class InceptionC(Branches):
     def __init__(self, c):
-        super().__init__()
-        self.branch1x1 = Conv(768, 192)
-        self.branch7x7_1, self.branch7x7_2, self.branch7x7_3 = Conv(768, c), Conv(c, c, (1, 7)), Conv(c, 192, (7, 1))
-        self.branch7x7dbl_1, self.branch7x7dbl_2, self.branch7x7dbl_3 = Conv(768, c), Conv(c, c, (7, 1)), Conv(c, c, (1, 7))
-        self.branch7x7dbl_4, self.branch7x7dbl_5 = Conv(c, c, (7, 1)), Conv(c, 192, (1, 7))
-        self.branch_pool = Conv(768, 192)
-
-    def forward(self, x):
-        y = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        return torch.cat([self.branch1x1(x), self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
-                          self.branch7x7dbl_5(self.branch7x7dbl_4(y)), self.branch_pool(average(x))], 1)
+        super().__init__(
+            branch1x1=[Conv(768, 192)],
+            branch7x7=[Conv(768, c), Conv(c, c, (1, 7)), Conv(c, 192, (7, 1))],
+            branch7x7dbl=[Conv(768, c), Conv(c, c, (7, 1)), Conv(c, c, (1, 7)),
+                          Conv(c, c, (7, 1)), Conv(c, 192, (1, 7))],
+            branch_pool=[average_pool, Conv(768, 192)])
 
 
-class D(nn.Module):
+class InceptionD(Branches):
     def __init__(self):
-        super().__init__()
-        self.branch3x3_1, self.branch3x3_2 = Conv(768, 192), Conv(192, 320, 3, 2, 0)
-        self.branch7x7x3_1, self.branch7x7x3_2 = Conv(768, 192), Conv(192, 192, (1, 7))
-        self.branch7x7x3_3, self.branch7x7x3_4 = Conv(192, 192, (7, 1)), Conv(192, 192, 3, 2, 0)
-
-    def forward(self, x):
-        y = self.branch7x7x3_2(self.branch7x7x3_1(x))
-        return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), self.branch7x7x3_4(self.branch7x7x3_3(y)), F.max_pool2d(x, 3, 2)], 1)
+        super().__init__(
+            branch3x3=[Conv(768, 192), Conv(192, 320, 3, 2, 0)],
+            branch7x7x3=[Conv(768, 192), Conv(192, 192, (1, 7)), Conv(192, 192, (7, 1)),
+                         Conv(192, 192, 3, 2, 0)],
+            branch_pool=[half_size_pool])
 
 
-class E(nn.Module):
-    def __init__(self, cin, pool):
-        super().__init__()
-        self.pool = pool                                        # the original averages in Mixed_7b and takes the maximum in Mixed_7c
-        self.branch1x1 = Conv(cin, 320)
-        self.branch3x3_1, self.branch3x3_2a, self.branch3x3_2b = Conv(cin, 384), Conv(384, 384, (1, 3)), Conv(384, 384, (3, 1))
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = Conv(cin, 448), Conv(448, 384, 3)
-        self.branch3x3dbl_3a, self.branch3x3dbl_3b = Conv(384, 384, (1, 3)), Conv(384, 384, (3, 1))
-        self.branch_pool = Conv(cin, 192)
-
-    def forward(self, x):
-        y, z = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        return torch.cat([self.branch1x1(x), self.branch3x3_2a(y), self.branch3x3_2b(y), self.branch3x3dbl_3a(z), self.branch3x3dbl_3b(z),
-                          self.branch_pool(self.pool(x))], 1)
+class InceptionE(Branches):
+    def __init__(self, cin, pool):          # the original's two blocks have different pools
+        super().__init__(
+            branch1x1=[Conv(cin, 320)],
+            branch3x3=[Conv(cin, 384), (Conv(384, 384, (1, 3)), Conv(384, 384, (3, 1)))],
+            branch3x3dbl=[Conv(cin, 448), Conv(448, 384, 3),
+                          (Conv(384, 384, (1, 3)), Conv(384, 384, (3, 1)))],
+            branch_pool=[pool, Conv(cin, 192)])
 
 
 def load_inception(weights=None, device="cpu", folder="data"):
-    """The network with the published weights, fetched once into folder, or with those of a file of that layout; and their SHA-256."""
-    path = Path(weights) if weights else Path(folder) / WEIGHTS_URL.rsplit("/", 1)[1]
+    """The network and the SHA-256 of its weights file, which is fetched once into folder.
+    weights: instead, a file of the same layout. Raises UserError."""
+    path = Path(weights or f"{folder}/{WEIGHTS_URL.rsplit('/', 1)[1]}")
     if not weights:
         fetch(WEIGHTS_URL, path, "sha256", WEIGHTS_SHA256, "or name a file with --weights")
     net = InceptionV3()
@@ -238,216 +263,327 @@ def load_inception(weights=None, device="cpu", folder="data"):
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except Exception as e:                                      # zip, pickle and torch each have errors of their own
-        raise UserError(f"{path} is not of the published port's layout: {' '.join(str(e).split())[:200]}") from None
-    net = net.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    except Exception as e:                                      # zip, pickle and torch differ
+        reason = " ".join(str(e).split())[:200]
+        message = f"{path} does not have the layout of the published weights: {reason}"
+        raise UserError(message) from None
+    net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return net, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def statistics(batches, net, resize, digest, source, batch=256):
-    """Uint8 batches -> mu, sigma and what they are of, in the layout that EDM and pytorch-fid keep reference statistics in."""
-    count = torch.zeros(1, dtype=torch.float64, device=net.fc.weight.device)
+# Images and statistics on disk
 
-    def counted():
-        for pictures in batches:
-            count.add_(len(pictures))
-            yield pictures
-    mu, sigma = features(counted(), lambda p: net(p, resize), batch)
-    if dist.is_initialized():
-        dist.all_reduce(count)
-    return {"mu": mu, "sigma": sigma, "num": int(count.item()), "source": source, "resize": resize, "weights": digest}
-
-
-def entries(spec):
-    """(name, function that gives a uint8 array [H, W], [H, W, 1] or [H, W, 3]) of every picture; a list, but for a tar."""
+def saved_statistics(spec):
+    """The statistics in spec, where it is a statistics file; None where it holds images, which are
+    not read yet. Raises UserError where spec is missing or of another type."""
     path = Path(spec)
-    if spec in ("cifar10", "leaves") or path.suffix in (".npy", ".npz"):
-        pictures = read_array(path) if path.suffix else load(spec).pictures.permute(0, 2, 3, 1).numpy()
-        return [(f"picture {i}", lambda i=i: pictures[i]) for i in range(len(pictures))]
-    found = picture_files(path)
-    decoded = ((name, lambda read=read: decode(read(), None)) for name, read in found)
-    return list(decoded) if isinstance(found, list) else decoded
+    if path.suffix == ".npz":
+        return read_statistics(path)
+    if path.suffix == ".npy":
+        read_array(path)                                        # only its header
+    elif spec not in NATIVE_RESOLUTION:
+        with readable(path):
+            if next(iter(image_files(path)), None) is None:
+                raise UserError(f"{spec} holds no images")
+    return None
 
 
-def count_of(found):
-    return len(found) if isinstance(found, list) else sum(1 for _ in found)
+def read_statistics(path):
+    """An .npz of mu [2048] and sigma [2048, 2048] -> dict; None where it holds images."""
+    facts = {"num": int, "resolution": int, "source": str, "resize": str, "weights": str}
+    with numpy_errors(path), np.load(path, allow_pickle=False) as z:
+        if not {"mu", "sigma"} <= set(z.files):
+            return None
+        bounded(path, sum(i.file_size for i in z.zip.infolist()))
+        mu, sigma = z["mu"], z["sigma"]
+        saved = {k: z[k].item() for k in z.files if k in facts}
+    if not all(isinstance(v, facts[k]) for k, v in saved.items()):
+        raise UserError(f"{path} holds statistics with facts of an unknown type")
+    if (mu.shape, sigma.shape) != ((WIDTH,), (WIDTH, WIDTH)) or not all(
+            a.dtype in (np.float32, np.float64) and np.isfinite(a).all() for a in (mu, sigma)):
+        raise UserError(f"{path} holds mu {mu.dtype} {list(mu.shape)} and sigma {sigma.dtype} "
+                        f"{list(sigma.shape)}, not finite float [{WIDTH}] and [{WIDTH}, {WIDTH}]")
+    if not is_covariance(torch.as_tensor(sigma, dtype=torch.float64)):
+        raise UserError(f"{path} holds a sigma that is not a covariance (symmetric, without "
+                        "negative eigenvalues): make the statistics again from the images")
+    return {"num": None, "source": str(path), **saved, "mu": mu, "sigma": sigma}
+
+
+def is_covariance(sigma):
+    """Whether sigma [D, D], float64, is symmetric and positive semi-definite. The tolerance leaves
+    room for the rounding of float32."""
+    sigma = sigma / sigma.abs().max().clamp(min=1e-300)         # or large values would overflow
+    values = torch.linalg.eigvalsh(sigma)                       # in ascending order
+    return bool((sigma - sigma.T).abs().max() < 1e-5 and values[0] >= -1e-5 * values[-1])
 
 
 def read_array(path):
-    """A .npy or .npz of uint8 pictures, channels last or first -> [N, H, W, C] (or [N, H, W])."""
-    try:
+    """A .npy or .npz of uint8 images, channels last, first or none -> [N, H, W, 1 or 3]."""
+    with numpy_errors(path):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if path.suffix == ".npz":
             bounded(path, sum(i.file_size for i in array.zip.infolist()))
             array = array[array.files[0]]
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path} holds several arrays: rename it to end in .npz")
+    images = array[..., None] if array.ndim == 3 else array
+    if images.ndim == 4 and images.shape[3] not in (1, 3):
+        images = images.transpose(0, 2, 3, 1)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) \
+            or 0 in images.shape:
+        raise UserError(f"{path} holds {array.dtype} {list(array.shape)}, not uint8 images "
+                        "[N, H, W, C] of 1 or 3 channels")
+    return images
+
+
+@contextlib.contextmanager
+def numpy_errors(path):
+    """Turns what np.load raises for a missing or damaged file into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except Exception as e:                                      # zip, zlib and NumPy each have errors of their own
-        raise UserError(f"{path} cannot be read: {e}") from None
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"{path} holds several arrays: end it in .npz")
-    if array.dtype != np.uint8 or array.ndim not in (3, 4) or 0 in array.shape[1:] or array.ndim == 4 and 3 not in (array.shape[1], array.shape[3]) \
-            and 1 not in (array.shape[1], array.shape[3]):
-        raise UserError(f"{path} holds {array.dtype} {list(array.shape)}, not uint8 pictures [N, H, W, 3]")
-    return array if array.ndim == 3 or array.shape[3] in (1, 3) else array.transpose(0, 2, 3, 1)
+    except Exception as e:                                      # zip, zlib and NumPy differ
+        raise UserError(f"{path} cannot be read: {' '.join(str(e).split())}") from None
 
 
-def read_batches(spec, num=None, batch=256):
-    """Uint8 batches [B, 3, H, W] of a folder, zip, tar, .npy, .npz, cifar10 or leaves: num by a fixed draw, or all; this rank's share."""
-    with readable(spec):
-        yield from read_share(spec, num, batch)
+def check_comparable(saved, spec, resolution, resize, digest):
+    """Raises UserError where the statistics of a file were made in another way than is asked for.
+    Prints a warning where the file does not say how. resolution 0 asks for none."""
+    for what, asked in (("resolution", resolution), ("resize", resize), ("weights", digest)):
+        if asked and saved.get(what, asked) != asked:
+            raise UserError(f"{spec} was made with {what} {saved[what]}, not {asked}: give the "
+                            "images themselves, or the same option")
+    if "resize" not in saved and rank() == 0:
+        print(f"warning: {spec} does not say with which resize rule, weights and resolution it was "
+              "made", file=sys.stderr)
 
 
-def read_share(spec, num, batch):
-    found = entries(spec)
-    total = count_of(found)
-    chosen = np.random.RandomState(0).permutation(total)[:num]
-    wanted = set(np.sort(chosen)[rank()::ranks()].tolist())
-    bar, waiting = tqdm(desc=str(spec), total=len(wanted), unit=" pictures", disable=rank() > 0), []
-    for i, (name, read) in enumerate(found if isinstance(found, list) else entries(spec)):
-        if i not in wanted:
-            continue
-        bar.update()
-        try:
-            picture = torch.from_numpy(np.array(read()))
-        except Exception as e:                                  # Pillow's decoders raise nearly anything for a broken file
-            tqdm.write(f"skipped {name}: {e}", file=sys.stderr)
-            continue
-        picture = (picture[:, :, None] if picture.ndim == 2 else picture).permute(2, 0, 1).expand(3, -1, -1)    # [3, H, W]
-        if waiting and (len(waiting) == batch or waiting[0].shape != picture.shape):
-            yield torch.stack(waiting)
-            waiting = []
-        waiting.append(picture)
-    bar.close()
-    if waiting:
-        yield torch.stack(waiting)
-
-
-def known(spec, net, resize, digest, batch, num=None, keep=None):
-    """The statistics of pictures or of a statistics file. keep: a folder in which those of a reference are kept and reused."""
-    path = Path(spec)
-    if path.suffix == ".npz" and path.exists():
-        saved = read_statistics(path)
-        if saved:
-            for what, now in (("resize", resize), ("weights", digest)):
-                if saved.get(what, now) != now:
-                    raise UserError(f"{spec} was made with {what} {saved[what]}, not {now}: they do not compare")
-            return saved
-    key = repr((VERSION, fingerprint(spec), resize, digest))
-    kept = keep and Path(keep) / f"fid-{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npz"
-    if kept and kept.exists():
+def reference_statistics(spec, resolution, net, resize, digest, batch=256, folder="data"):
+    """The statistics of all images of spec. They are kept in folder, and reused as long as the
+    files, the resolution, the resize rule and the weights are the same. Raises UserError."""
+    resolution = resolution or NATIVE_RESOLUTION.get(spec, 0)
+    key = repr((VERSION, fingerprint(spec), resolution, resize, digest))
+    name = f"fid-{Path(spec).stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npz"
+    kept = Path(folder, name)
+    if kept.exists():
         return read_statistics(kept)
     source = "cifar10, training split" if spec == "cifar10" else str(spec)
-    stats = statistics(read_batches(spec, num, batch), net, resize, digest, source, batch)
-    if kept and rank() == 0 and stats["num"] == count_of(entries(spec)):                        # or a file could not be read this time
+    batches = read_batches(spec, resolution, batch=batch)
+    stats = {**statistics(batches, net, resize, digest, source, batch), "resolution": resolution}
+    if rank() == 0 and stats["num"] == count(image_readers(spec, resolution)):  # no file is broken
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(kept) as f:
+        with atomic_write(kept) as f:
             np.savez(f, **stats)
         tqdm.write(f"statistics kept as {kept}", file=sys.stderr)
     return stats
 
 
-def read_statistics(path):
-    """An .npz of mu [2048] and sigma [2048, 2048] -> dict; None where it holds pictures."""
-    try:
-        with np.load(path, allow_pickle=False) as z:
-            if not {"mu", "sigma"} <= set(z.files):
-                return None
-            bounded(path, sum(i.file_size for i in z.zip.infolist()))
-            saved = {k: z[k] if k in ("mu", "sigma") else z[k].item() for k in z.files if k in ("mu", "sigma", "num", "source", "resize", "weights")}
-    except Exception as e:                                      # zip, zlib and NumPy each have errors of their own
-        raise UserError(f"{path} cannot be read: {e}") from None
-    if not isinstance(saved.get("num", 0), int) or not all(isinstance(saved.get(k, ""), str) for k in ("source", "resize", "weights")):
-        raise UserError(f"{path} holds statistics with facts of no known type")
-    if saved["mu"].shape != (WIDTH,) or saved["sigma"].shape != (WIDTH, WIDTH) or not all(
-            np.issubdtype(saved[k].dtype, np.floating) and np.isfinite(saved[k]).all() for k in ("mu", "sigma")):
-        raise UserError(f"{path} holds mu {list(saved['mu'].shape)} and sigma {list(saved['sigma'].shape)}, not finite [{WIDTH}] and [{WIDTH}, {WIDTH}]")
-    return {"num": None, "source": str(path), **saved}
-
-
 def fingerprint(spec):
-    """What a kept statistic is of: the path and the names, sizes and times of its files."""
-    if spec in ("cifar10", "leaves"):
+    """What kept statistics are of: the path, and the names, sizes and times of its files."""
+    if spec in NATIVE_RESOLUTION:
         return spec
     path = Path(spec).resolve()
-    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
     return str(path), [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
-def drawn_batches(net, shape, first, num, device, batch, **options):
-    """Uint8 batches of the pictures of seeds first to first + num; this rank's share."""
-    seeds = range(first + rank(), first + num, ranks())
-    with tqdm(desc=f"seeds {first}-{first + num - 1}", total=len(seeds), unit=" pictures", disable=rank() > 0) as bar:
-        for x in generate(net, shape, seeds, device, batch, **options):
+def read_batches(spec, resolution=0, num=None, batch=256):
+    """Yields the images of spec, uint8 [B, 3, H, W], those of one size together: num of them by a
+    fixed draw, or all; this process's share. Names the files that cannot be read on stderr."""
+    with readable(spec):
+        readers = image_readers(spec, resolution)
+        chosen = np.random.RandomState(0).permutation(count(readers))[:num]
+        mine = set(np.sort(chosen)[rank()::world_size()].tolist())
+        if not isinstance(readers, list):                       # a tar: again, from its start
+            readers = image_readers(spec, resolution)
+        bar = tqdm(desc=str(spec), total=len(mine), unit=" images", disable=rank() > 0)
+        waiting = []                                            # [3, H, W] each
+        for i, (name, read) in enumerate(readers):
+            if i not in mine:
+                continue
+            bar.update()
+            try:
+                image = torch.from_numpy(np.atleast_3d(np.array(read())))       # [H, W, 1 or 3]
+            except Exception as e:                              # decoders raise nearly anything
+                tqdm.write(f"skipped {name}: {e}", file=sys.stderr)
+                continue
+            image = image.permute(2, 0, 1).expand(3, -1, -1)
+            if waiting and (len(waiting) == batch or waiting[0].shape != image.shape):
+                yield torch.stack(waiting)
+                waiting = []
+            waiting.append(image)
+        bar.close()
+        if waiting:
+            yield torch.stack(waiting)
+
+
+def image_readers(spec, resolution):
+    """Pairs of a name and a function that returns the image: uint8 [H, W], [H, W, 1] or [H, W, 3],
+    prepared as data.load does. A list, but an iterator for a tar, which is read in order."""
+    path = Path(spec)
+    if spec not in NATIVE_RESOLUTION and path.suffix not in (".npy", ".npz"):
+        files = image_files(path)
+        readers = ((name, lambda read=read: decode(read(), resolution)) for name, read in files)
+        return list(readers) if isinstance(files, list) else readers
+    if path.suffix:
+        images = read_array(path)
+    else:
+        images = load(spec, resolution or None).images.permute(0, 2, 3, 1).numpy()
+    return [(f"image {i}", partial(resized, image, resolution)) for i, image in enumerate(images)]
+
+
+def resized(image, resolution):
+    """uint8 [H, W, 1 or 3], cropped and resized to a square; as it is where resolution is 0."""
+    if not resolution:
+        return image
+    image = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    return np.asarray(crop_and_resize(image, resolution, resolution))
+
+
+def count(readers):
+    return len(readers) if isinstance(readers, list) else sum(1 for _ in readers)
+
+
+# The command line
+
+def drawn_batches(net, path, shape, first, num, device, batch, **options):
+    """Yields the images of seeds first to first + num - 1, uint8 [B, C, H, W]; this process's
+    share. options: see sample.generate."""
+    seeds = range(first + rank(), first + num, world_size())
+    with tqdm(desc=f"seeds {first}-{first + num - 1}", total=len(seeds), unit=" images",
+              disable=rank() > 0) as bar:
+        for x in generate(net, path, shape, seeds, device, batch, **options):
             yield to_uint8(x)
             bar.update(len(x))
 
 
 def main():
-    p = Options(description="The Frechet Inception distance of pictures on disk, or of a model's, to a reference.")
-    p.add_argument("samples", nargs="?", help="a folder, zip, tar, .npy or .npz of pictures, cifar10, or saved statistics (.npz)")
-    p.add_argument("--ref", required=True, help="the reference, likewise, or leaves; its statistics are kept in data/ and reused")
-    p.add_argument("--ckpt", help="in place of samples: draw them from this model, ema.pt of train.py")
-    p.add_argument("--num", type=within(int, 2), default=50000, help="pictures to score, at most (default 50000)")
-    p.add_argument("--draws", type=within(int, 1), default=3, help="with --ckpt: how many times, each from seeds of its own (default 3)")
+    p = Parser(description="The Frechet Inception distance of images on disk, or of a model's "
+                           "samples, to a reference.")
+    a = p.add_argument
+    a("samples", nargs="?", help="a folder, zip, tar, .npy or .npz of images, cifar10, leaves, or "
+                                 "a statistics file (.npz)")
+    a("--ref", required=True, help="the reference, likewise; the statistics of its images are kept "
+                                   "in data/ and reused")
+    a("--resolution", type=number(int, 1, 4096),
+      help="side that samples and reference are cropped and resized to (default: as they are); "
+           "--ckpt has its own, which the reference is prepared with")
+    a("--ckpt", help="instead of samples: draw them from this model, ema.pt of train.py")
+    a("--num", type=number(int, 2), default=50000, help="images to score, at most (default 50000)")
+    a("--draws", type=number(int, 1), default=3,
+      help="with --ckpt: how many times, each with seeds of its own (default 3)")
+    a("--bnr", type=number(float, 0), nargs="+", metavar="R",
+      help="for a model of --bnr any: the ratios to score, 0 to 10 (default 0.5)")
     sampler_options(p)
-    p.add_argument("--batch", type=within(int, 1), default=256, help="pictures at a time (default 256)")
-    p.add_argument("--weights", help="the network's weights, a file of the published port's layout (default: fetched once into data/)")
-    p.add_argument("--resize", choices=["tf1", "pytorch"], default="tf1", help="tf1: the original's and EDM's; pytorch: pytorch-fid's (default tf1)")
-    p.add_argument("--json", action="store_true", help="print JSON")
+    a("--batch", type=number(int, 1), default=256, help="images at a time (default 256)")
+    a("--weights", help="the network's weights, a file of the published layout (default: fetched "
+                        "once into data/)")
+    a("--resize", choices=["tf1", "pytorch"], default="tf1",
+      help="tf1: the original's and EDM's; pytorch: pytorch-fid's (default tf1)")
+    a("--json", action="store_true", help="print JSON: an object, or with --bnr a list of them")
     args = p.parse_args()
-    if (args.samples is None) == (args.ckpt is None):
+    if bool(args.samples) == bool(args.ckpt):
         p.error("give either samples or --ckpt")
-    with joined(), p.one_line_errors():
-        report(score(args), args.json)
+    if args.bnr and not args.ckpt:
+        p.error("--bnr is for --ckpt: the ratios to sample the model at")
+    if args.bnr and args.path:
+        p.error("--bnr and --path are two ways to choose the path: give one of them")
+    if args.resolution and args.ckpt:
+        p.error("--resolution is for images on disk: --ckpt has its own resolution")
+    with process_group(), p.one_line_errors():
+        report(score(args), args)
 
 
 def score(args):
-    no_tf32()
-    with first_rank_first():
+    """The results to print, one dict, or one for each --bnr. Raises UserError, where it can before
+    anything is computed."""
+    full_float32()
+    saved = {spec: saved_statistics(spec) for spec in (args.samples or args.ref, args.ref)}
+    resolution = args.resolution or 0
+    if args.ckpt:
+        model, checkpoint = load_model(args.ckpt, args.device, args.precision, args.compile)
+        options, nfe = sampler(args, model, checkpoint)
+        paths = [sampling_path(checkpoint, bnr, args.path) for bnr in args.bnr or [None]]
+        shape, resolution = checkpoint["data"]["shape"], checkpoint["options"]["resolution"]
+        if shape[0] not in (1, 3):
+            raise UserError(f"{args.ckpt} makes images of {shape[0]} channels: FID needs 1 or 3")
+    with rank_0_first():
         net, digest = load_inception(args.weights, args.device)
-        for spec in {args.samples, args.ref} & {"cifar10", "leaves"} if ranks() > 1 else ():
-            load(spec)
-    model = args.ckpt and load_model(args.ckpt, args.device, args.precision, args.compile)
-    options, nfe = sampler(args, *model) if model else ({}, 0)
-    ref = known(args.ref, net, args.resize, digest, args.batch, keep="data")
-    if model:
-        draws = []
-        for i in range(args.draws):
-            batches = drawn_batches(model[0], model[1]["data"]["shape"], i * args.num, args.num, args.device, args.batch, **options)
-            draws.append(statistics(batches, net, args.resize, digest, args.ckpt, args.batch))
-    else:
-        draws = [known(args.samples, net, args.resize, digest, args.batch, args.num)]
-    fids = [frechet_distance(d["mu"], d["sigma"], ref["mu"], ref["sigma"]) for d in draws]
-    if rank() == 0 and any("resize" not in d for d in (ref, *draws)):
-        print("warning: a statistics file does not say by which resize rule and weights it was made", file=sys.stderr)
-    result = {"fid": min(fids), "samples": draws[0]["source"], "generated": draws[0]["num"], "reference": ref["source"],
-              "reference_num": ref["num"], "resize": args.resize, "weights_sha256": digest}
-    if model:
-        result.update(draws=fids, mean=float(np.mean(fids)), std=float(np.std(fids, ddof=1)) if len(fids) > 1 else None, nfe=nfe,
-                      precision=args.precision, **{k: v for k, v in options.items() if v != math.inf})
-    return result
+        for spec in NATIVE_RESOLUTION.keys() & saved.keys() if world_size() > 1 else ():
+            load(spec, resolution or None)                      # one process makes it for all
+    for spec in filter(saved.get, saved):
+        check_comparable(saved[spec], spec, resolution, args.resize, digest)
+
+    common = {"net": net, "resize": args.resize, "digest": digest, "batch": args.batch}
+    ref = saved[args.ref] or reference_statistics(args.ref, resolution, **common)
+    result = {"reference": ref["source"], "reference_num": ref["num"], "resolution": resolution,
+              "resize": args.resize, "weights_sha256": digest}
+    if args.samples:
+        stats = saved[args.samples] or statistics(
+            read_batches(args.samples, resolution, args.num, args.batch), source=args.samples,
+            **common)
+        return [{"fid": distance(stats, ref), "samples": stats["source"],
+                 "generated": stats["num"], **result}]
+    result.update(samples=args.ckpt, generated=args.num, nfe=nfe, precision=args.precision)
+    result.update((k, v) for k, v in options.items() if k != "colour" and v != math.inf)
+    if args.path:
+        result["path"] = args.path
+    results = []
+    for bnr, path in zip(args.bnr or [None], paths):
+        fids = []
+        for first in range(0, args.draws * args.num, args.num):
+            batches = drawn_batches(model, path, shape, first, args.num, args.device, args.batch,
+                                    **options)
+            fids.append(distance(statistics(batches, source=args.ckpt, **common), ref))
+        std = float(np.std(fids, ddof=1)) if len(fids) > 1 else None
+        results.append({**({} if bnr is None else {"bnr": bnr}), "fid": min(fids), "draws": fids,
+                        "mean": float(np.mean(fids)), "std": std, **result})
+    return results
 
 
-def report(r, as_json):
+def distance(stats, ref):
+    return frechet_distance(stats["mu"], stats["sigma"], ref["mu"], ref["sigma"])
+
+
+def report(results, args):
+    """Prints the results, and warnings where the FID of so few images means little."""
     if rank() > 0:
         return
+    r = results[0]
     for name, n in (("generated", r["generated"]), ("reference", r["reference_num"])):
         if n is not None and n < 2048:
-            print(f"warning: {n} {name} pictures make a singular covariance; the FID of so few is no measure", file=sys.stderr)
+            print(f"warning: {n} {name} images make a singular covariance; the FID of so few is "
+                  "not meaningful", file=sys.stderr)
     if r["generated"] is not None and r["generated"] < 50000:
-        print("warning: FIDs of under 50,000 generated pictures are higher, and compare only at the same number", file=sys.stderr)
-    if as_json:
-        print(json.dumps(r))
+        print("warning: the FID of fewer than 50,000 generated images is higher; compare it only "
+              "at the same number", file=sys.stderr)
+    if args.json:
+        print(json.dumps(results if args.bnr else r))
         return
-    count = lambda n: "an unknown number of" if n is None else f"{n:,}"
-    if "draws" in r:
-        spread = f" +- {r['std']:.4f}" if r["std"] is not None else ""
-        print(f"draws {', '.join(f'{f:.4f}' for f in r['draws'])}; lowest {r['fid']:.4f} (the paper's convention), mean {r['mean']:.4f}{spread}")
-        churn = f"churn {r['churn']:g} from {r['s_min']:g} to {r.get('s_max', math.inf):g}" if r["churn"] else "no churn"
-        print(f"sampler {r['solver']}" + (f", class {r['label']}" if "label" in r else "") + f", {r['steps']} steps, NFE {r['nfe']}, {churn}, {r['precision']}")
-    print(f"FID {r['fid']:.4f}   {count(r['generated'])} pictures of {r['samples']} against {count(r['reference_num'])} of {r['reference']}; "
-          f"resize {r['resize']}, weights {r['weights_sha256'][:8]}")
+    if args.bnr:
+        print(f"{'BNR':>6} {'lowest':>10} {'mean':>10} {'std':>10}")
+        for row in results:
+            std = "-" if row["std"] is None else f"{row['std']:.4f}"
+            print(f"{row['bnr']:>6g} {row['fid']:>10.4f} {row['mean']:>10.4f} {std:>10}")
+    elif args.ckpt:
+        spread = "" if r["std"] is None else f" +- {r['std']:.4f}"
+        print(f"draws {', '.join(f'{fid:.4f}' for fid in r['draws'])}; lowest {r['fid']:.4f} (the "
+              f"paper's convention), mean {r['mean']:.4f}{spread}")
+    if args.ckpt:
+        churn = f"churn {args.churn:g} from {args.s_min:g} to {args.s_max:g}"
+        parts = [args.solver, args.path and f"path {args.path}",
+                 "label" in r and f"class {r['label']}", f"{r['steps']} steps", f"NFE {r['nfe']}",
+                 churn if args.churn else "no churn", args.precision]
+        print("sampler " + ", ".join(filter(None, parts)))
+    generated, reference = ("an unknown number of" if n is None else f"{n:,}"
+                            for n in (r["generated"], r["reference_num"]))
+    fid = "of " if args.bnr else f"{r['fid']:.4f}   "
+    side = f" at {r['resolution']} x {r['resolution']}" if r["resolution"] else ""
+    print(f"FID {fid}{generated} images of {r['samples']} against {reference} of {r['reference']}"
+          f"{side}; resize {r['resize']}, weights {r['weights_sha256'][:8]}")
 
 
 if __name__ == "__main__":

@@ -1,63 +1,57 @@
-"""The disentangled loss: one term for the denoising head, one for the deblurring head. README, "The loss".
+"""The loss: one term for the denoising head, one for the deblurring head, equations (9) and (10).
 
-    python loss.py                         # the least value each term can have on pictures of power 1 / lam, by level and BNR
+    python loss.py                       # the minimum of each term, by level and BNR
+
+Equation numbers are those of the README.
 """
-import math
-
 import torch
 
-from degrade import BlurNoisePath, attenuation, degrade, frequencies, level_range
-from model import residual_size
-
-P_MEAN, P_STD = -1.2, 1.2                                       # of ln sigma in training
+from degrade import ConstantBNR, attenuation, degrade, frequencies
+from model import SIGMA_DATA, residual_std
 
 
-def disentangled_loss(net, x0, path, t=None, noise=None, sigma_data=0.5):
-    """w(sigma) |D - V M V^T x0|^2 and w(sigma) |R - (x0 - V M V^T x0)|^2, each [B], the mean over a picture's pixels and channels.
+def disentangled_loss(net, x0, alpha, sigma, noise, sigma_data):
+    """The denoising and the deblurring term, [B] each: means over the pixels of an image.
 
-    net: (x, t) -> D, R; x0 [B, C, H, W] in [-1, 1]; t a number, 0-d or [B], from training_levels where not given; noise unit normal.
-    At BNR 0 the second target is 0 and the first term is EDM's loss. A training step backpropagates their sum over pixels. On a cold
-    path D = x has nothing to learn: the first term is 0 and the second is in units of the residual's own size.
+    net: (x, alpha, sigma) -> D, R; x0 [B, C, H, W] in [-1, 1]; alpha, sigma: numbers, 0-d or [B];
+    noise: unit normal, like x0; sigma_data: the net's. At BNR 0 the first term is EDM's loss and
+    the target of the second is 0. A training step adds both over the pixels.
     """
-    t = training_levels(x0.shape, path, x0.device) if t is None else t
-    noise = torch.randn_like(x0) if noise is None else noise
-    x, blurry = degrade(x0, t, path, noise)                     # (1)
-    d, r = net(x, t)
-    denoise, deblur = (d - blurry).square().mean((1, 2, 3)), (r - (x0 - blurry)).square().mean((1, 2, 3))
-    alpha, sigma = path.levels(t)
-    if path.cold:
-        return torch.zeros_like(deblur), deblur / (sigma_data * residual_size(alpha, x0).flatten().to(deblur)) ** 2
-    w = weight(sigma, sigma_data)
-    return w * denoise, w * deblur
+    x, blurry = degrade(x0, alpha, sigma, noise)                                # (1)
+    d, r = net(x, alpha, sigma)
+    w_denoise, w_deblur = weights(x0, alpha, sigma, sigma_data)
+    denoise = w_denoise * (d - blurry).square().mean((1, 2, 3))                 # (9)
+    deblur = w_deblur * (r - (x0 - blurry)).square().mean((1, 2, 3))            # (9)
+    return denoise, deblur
 
 
-def weight(sigma, sigma_data=0.5):
-    """EDM's w(sigma) = 1 / c_out^2."""
-    return (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2
-
-
-def training_levels(shape, path, device=None):
-    """A level t for each picture of shape [B, C, H, W], float32 [B]: ln sigma normal, as EDM trains; on a cold path ln alpha uniform."""
-    if path.cold:
-        low, high = map(math.log, level_range(path, *shape[2:]))
-        return torch.exp(low + (high - low) * torch.rand(shape[0], device=device))
-    return torch.exp(P_MEAN + P_STD * torch.randn(shape[0], device=device))
+def weights(x0, alpha, sigma, sigma_data):
+    """The weights of both terms, 0-d, [1] or [B]. They are equal, and EDM's, where there is noise.
+    Without noise (cold) the denoising term is dropped, and the other is divided by r_out^2."""
+    alpha, sigma = (torch.as_tensor(v, device=x0.device) for v in (alpha, sigma))
+    w = (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2              # (10)
+    w_cold = residual_std(alpha, x0, sigma_data).flatten().to(w.dtype) ** -2    # (10)
+    return torch.where(sigma > 0, w, 0), torch.where(sigma > 0, w, w_cold)
 
 
 def main():
+    """A Gaussian of power 1 / lam has a known posterior variance, and so a known minimum."""
     lam = frequencies(32, 32)
-    spectrum = torch.where(lam > 0, 0.25 / lam, 0)
-    spectrum = spectrum * 0.25 / spectrum.mean()                # total variance sigma_data^2
+    s = torch.where(lam > 0, 1 / lam, 0)
+    s = s * SIGMA_DATA ** 2 / s.mean()
     x = torch.zeros(1, 1, 32, 32)
-    print("least loss a pixel: denoise + deblur")
+    print("the minimum of each loss term, per pixel: denoise + deblur")
     print("sigma " + "".join(f"{f'BNR {bnr}':>18}" for bnr in (0, 0.5, 2)))
-    for sigma in (0.01, 0.05, 0.2, 0.5, 1, 3, 10):
+    for sigma in (0.01, 0.05, 0.2, 0.5, 1., 3., 10.):
         cells = []
         for bnr in (0, 0.5, 2):
-            m = attenuation(BlurNoisePath(bnr).levels(sigma)[0], x)
-            left = spectrum * sigma ** 2 / (m ** 2 * spectrum + sigma ** 2)                     # the posterior variance of x0
-            cells.append(f"{weight(sigma) * (m ** 2 * left).mean():8.3f} + {weight(sigma) * ((1 - m) ** 2 * left).mean():7.3f}")
-        print(f"{sigma:<6}" + "".join(f"{c:>18}" for c in cells))
+            alpha, _ = ConstantBNR(bnr).levels(sigma)
+            m = attenuation(alpha, x)
+            variance = s * sigma ** 2 / (m ** 2 * s + sigma ** 2)               # of x0, given x
+            w, _ = weights(x, alpha, sigma, SIGMA_DATA)
+            denoise, deblur = w * (m ** 2 * variance).mean(), w * ((1 - m) ** 2 * variance).mean()
+            cells.append(f"{denoise:8.3f} + {deblur:7.3f}")
+        print(f"{sigma:<6g}" + "".join(f"{c:>18}" for c in cells))
 
 
 if __name__ == "__main__":

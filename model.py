@@ -1,102 +1,131 @@
-"""The network: EDM's DDPM++ trunk, and the preconditioner that makes of it a denoiser and a deblurrer. README, "The network".
+"""The network: two levels in, two heads out, (7), on EDM's DDPM++ trunk.
 
-    python model.py                        # prints the parameter counts of the paper's networks
+    python model.py                      # prints the parameter counts of the paper's networks
+
+Equation numbers are those of the README.
 """
 import math
+import os
+from functools import partial
+from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from degrade import BlurNoisePath, BlurringPath, attenuation, blur, frequencies, spread
+from degrade import attenuation, blur, expand_level, frequencies, make_path, time_of
+from util import UserError, check_facts, read_checkpoint
+
+SIGMA_DATA = 0.5                                # the standard deviation of the images (EDM)
 
 
 class Denoiser(nn.Module):
-    """net(x, t) -> blurry, residual: estimates of E[V M V^T x0 | x] and E[x0 - V M V^T x0 | x]; their sum estimates x0.
+    """net(x, alpha, sigma) -> D, R: the estimates of the blurry image and of the residual that blur
+    removed. Their sum estimates x0.
 
-    unet has twice as many output as input channels; path gives alpha and sigma at t; sigma_data is the pictures' std.
-    x [B, C, H, W] of any float type, t a number, 0-d or [B], above 0; label [B] int64, where the unet has classes; both results are
-    float32 [B, C, H, W]. param: what the heads are, see `variant`; blind: the network is not told the level. colour: where a cold
-    path starts, {"mean": [C], "cov": [C][C]} of the pictures' mean colours. Raises ValueError where these do not go together.
+    x [B, C, H, W] of any float type; alpha, sigma: numbers, 0-d or [B], not both 0; augment [B, 9]
+    and label [B] (int64) go to the unet. Returns float32 [B, C, H, W] twice.
+    unet: any module (x, c_noise [B], augment, label) with `heads` times as many output channels as
+    input channels. One that has `from_ratio` is told (14) as well, as its argument ratio.
     """
+    heads = 2
 
-    def __init__(self, unet, path, sigma_data=0.5, param="residual", blind=False, colour=None):
+    def __init__(self, unet, sigma_data=SIGMA_DATA):
         super().__init__()
-        heads, c = 1 if param == "x0" else 2, unet.in_channels
-        if unet.out_channels != heads * c:
-            raise ValueError(f"{heads} heads on {c} channels need {heads * c} outputs, not {unet.out_channels}")
-        if param not in ("residual", "x0", "noise"):
-            raise ValueError(f"param is residual, x0 or noise, not {param}")
-        if path.cold and (blind or param == "noise"):
-            raise ValueError("a cold path has no noise to estimate: neither blind nor param noise go with BNR inf")
-        if blind and param != "residual":
-            raise ValueError(f"a blind network has param residual, not {param}")
-        if path.cold and (colour is None or colour.keys() != {"mean", "cov"} or not np.isfinite(colour["cov"]).all()
-                          or (np.shape(colour["mean"]), np.shape(colour["cov"])) != ((c,), (c, c))):
-            raise ValueError(f"a cold path starts from a colour: give the mean and covariance of {c} channels")
-        self.unet, self.path, self.sigma_data, self.param, self.blind, self.colour = unet, path, sigma_data, param, blind, colour
+        self.unet, self.sigma_data = unet, sigma_data
+        self.classes = getattr(unet, "classes", 0)              # 0: not class-conditional
+        self.told_ratio = getattr(unet, "from_ratio", None) is not None
 
-    def forward(self, x, t, augment=None, label=None):
+    def forward(self, x, alpha, sigma, augment=None, label=None):
         x = x.float()
-        t = torch.as_tensor(t, dtype=torch.float64, device=x.device)
-        alpha, sigma = self.path.levels(t)
-        sigma, sd = spread(sigma, x.double()), self.sigma_data
-        c_skip = sd ** 2 / (sigma ** 2 + sd ** 2)
-        c_out = sigma * sd / (sigma ** 2 + sd ** 2).sqrt()
-        c_in = 1 / (sigma ** 2 + sd ** 2).sqrt()
-        c_noise = (t.log() / 4).float().expand(len(x))
-        r_out = sd * residual_size(alpha, x)
-        c_skip, c_out, c_in, r_out = (c.float() for c in (c_skip, c_out, c_in, r_out))
+        alpha, sigma = (expand_level(v, x, torch.float64) for v in (alpha, sigma))
+        s = scales(x, alpha, sigma, self.sigma_data)
+        ratio = {"ratio": s.ratio.expand(len(x))} if self.told_ratio else {}
+        f = self.unet(s.c_in * x, s.c_noise.expand(len(x)), augment, label, **ratio).float()
+        if f.shape[1] != self.heads * x.shape[1]:
+            raise ValueError(f"{self.heads} heads on {x.shape[1]} channels need "
+                             f"{self.heads * x.shape[1]} output channels, not {f.shape[1]}")
+        return self.answers(x, f, s)
 
-        if self.blind or self.param != "residual":
-            return self.variant(x, alpha, sigma.float(), c_skip, c_out, c_in, r_out, c_noise, augment, label)
-        f1, f2 = self.unet(c_in * x, c_noise, augment, label).float().chunk(2, dim=1)          # [B, C, H, W] each
-        return c_skip * x + c_out * f1, r_out * f2
-
-    def variant(self, x, alpha, sigma, c_skip, c_out, c_in, r_out, c_noise, augment, label):
-        """The study's other heads. README, "The study"."""
-        if self.blind:                                          # a scale of the picture's own, and one level for all
-            rho = (x.square().mean((1, 2, 3), keepdim=True) + 1e-6).sqrt()
-            f1, f2 = self.unet(x / rho, torch.zeros_like(c_noise), augment, label).float().chunk(2, dim=1)
-            return x - rho * f1, self.sigma_data * f2
-        f = self.unet(c_in * x, c_noise, augment, label).float()
-        if self.param == "x0":                                  # one head, the finished picture
-            x0_hat = c_skip * x + (c_out ** 2 + r_out ** 2).sqrt() * f
-            d = x if self.path.cold else blur(x0_hat, alpha)
-            return d, x0_hat - d
-        n_hat, f2 = f.chunk(2, dim=1)                           # param "noise"
-        return x - sigma * n_hat, r_out * f2
+    def answers(self, x, f, s):
+        f1, f2 = f.chunk(2, dim=1)                              # [B, C, H, W] each
+        return s.c_skip * x + s.c_out * f1, s.r_out * f2        # (7)
 
 
-def residual_size(alpha, x):
-    """The residual's std, as a share of the picture's, where power falls as 1 / lam: [1, 1] or [B, 1, 1, 1]. 0 at alpha = 0."""
+class X0Denoiser(Denoiser):
+    """One head, the finished image. The parameterization `x0` of the study."""
+    heads = 1
+
+    def answers(self, x, f, s):
+        x0_hat = s.c_skip * x + (s.c_out ** 2 + s.r_out ** 2).sqrt() * f        # (12)
+        d = torch.where(s.sigma > 0, blur(x0_hat, s.alpha), x)
+        return d, x0_hat - d
+
+
+class NoiseDenoiser(Denoiser):
+    """The first head is the noise itself. The parameterization `noise` of the study."""
+
+    def answers(self, x, f, s):
+        n_hat, f2 = f.chunk(2, dim=1)
+        return x - s.sigma * n_hat, s.r_out * f2                # (13)
+
+
+PARAMETERIZATIONS = {"residual": Denoiser, "x0": X0Denoiser, "noise": NoiseDenoiser}
+
+
+def scales(x, alpha, sigma, sigma_data):
+    """EDM's preconditioning, r_out and the levels themselves, computed in float64: float32, each
+    0-d, [1, 1] or [B, 1, 1, 1], but c_noise and ratio [1] or [B]."""
+    total = sigma ** 2 + sigma_data ** 2
+    values = dict(alpha=alpha, sigma=sigma,
+                  c_skip=sigma_data ** 2 / total,                               # (7)
+                  c_out=sigma * sigma_data / total.sqrt(),                      # (7)
+                  c_in=1 / total.sqrt(),                                        # (7)
+                  c_noise=time_of(alpha, sigma).log().flatten() / 4,            # (7)
+                  r_out=residual_std(alpha, x, sigma_data),                     # (8)
+                  ratio=4 * (alpha / (alpha + sigma)).flatten())                # (14)
+    return SimpleNamespace(**{name: value.float() for name, value in values.items()})
+
+
+def residual_std(alpha, x, sigma_data):
+    """r_out: the standard deviation of x0 - V M(alpha) V^T x0 for images whose power falls as
+    1 / lam, of total variance sigma_data^2. x gives H, W and the device.
+
+    [1, 1] for one level, [B, 1, 1, 1] for [B]; 0 at alpha = 0.
+    """
     lam = frequencies(*x.shape[-2:], x.device)
-    power = torch.where(lam > 0, 1 / lam, 0)                    # the mean is not blurred and has no part in it
-    return ((1 - attenuation(alpha, x)) ** 2 * power / power.sum()).sum((-2, -1), keepdim=True).sqrt()
+    power = torch.where(lam > 0, 1 / lam, 0)                    # blur does not change the mean
+    removed = (1 - attenuation(alpha, x)) ** 2
+    share = (removed * power / power.sum()).sum((-2, -1), keepdim=True)
+    return sigma_data * share.sqrt()                                            # (8)
 
 
 class UNet(nn.Module):
-    """DDPM++ as EDM configures it. unet(x [B, in, H, W], c_noise [B], augment [B, augment_dim] or None, label [B]) -> [B, out, H, W].
+    """DDPM++ as EDM configures it. unet(x [B, in, H, W], c_noise [B], augment, label, ratio)
+    -> [B, out, H, W].
 
-    With classes, each picture needs its label. channels x mult gives the width of each level, each half the size of the one above;
-    blocks residual blocks a level; attention at the levels of those sizes when the input is `resolution` pixels a side. H and W must divide by 2^(levels - 1).
+    channels x mult: the width of each level; every level has half the height and width of the one
+    before. blocks: residual blocks at each level. attention: the sizes of the levels that have it,
+    when the input has `resolution` pixels a side. augment [B, augment_dim] or None means zeros;
+    label [B] is needed where there are classes; ratio [B] where `ratio` is set.
+    H and W must be multiples of 2^(levels - 1).
     """
 
-    def __init__(self, in_channels, out_channels, channels=128, mult=(2, 2, 2), blocks=4, attention=(16,), resolution=32, dropout=0.,
-                 augment_dim=0, classes=0):
+    def __init__(self, in_channels, out_channels, channels=128, mult=(2, 2, 2), blocks=4,
+                 attention=(16,), resolution=32, dropout=0., augment_dim=0, classes=0, ratio=False):
         super().__init__()
-        self.in_channels, self.out_channels, self.channels, self.levels, self.classes = in_channels, out_channels, channels, len(mult), classes
+        self.in_channels, self.out_channels, self.classes = in_channels, out_channels, classes
+        self.channels, self.levels = channels, len(mult)
         self.from_augment = linear(augment_dim, channels, bias=False) if augment_dim else None
         self.from_label = linear(classes, channels) if classes else None
-        self.embed = nn.Sequential(linear(channels, 4 * channels), nn.SiLU(), linear(4 * channels, 4 * channels), nn.SiLU())
-
-        def block(cin, cout, **kw):
-            return Block(cin, cout, 4 * channels, dropout=dropout, **kw)
+        self.from_ratio = linear(channels, channels, bias=False) if ratio else None
+        self.embed = nn.Sequential(linear(channels, 4 * channels), nn.SiLU(),
+                                   linear(4 * channels, 4 * channels), nn.SiLU())
+        block = partial(Block, emb=4 * channels, dropout=dropout)
 
         self.first = conv(in_channels, channels, 3)
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
-        width, widths = channels, [channels]                    # of the running activation; of the skips
+        width, widths = channels, [channels]                    # of the activation; of the skips
         for level, m in enumerate(mult):
             attend = resolution >> level in attention
             if level:
@@ -112,21 +141,25 @@ class UNet(nn.Module):
             if level < len(mult) - 1:
                 self.decoder.append(block(width, width, resample="up"))
             for i in range(blocks + 1):
-                self.decoder.append(block(width + widths.pop(), channels * m, attention=attend and i == blocks))
+                last = attend and i == blocks
+                self.decoder.append(block(width + widths.pop(), channels * m, attention=last))
                 width = channels * m
         self.last_norm = group_norm(width)
         self.last = conv(width, out_channels, 3, scale=1e-5)
 
     def check(self, h, w):
-        """Raises ValueError where pictures of h x w do not fit this network."""
+        """Raises ValueError where images of h x w do not fit this network."""
         divisor = 2 ** (self.levels - 1)
         if h % divisor or w % divisor:
-            raise ValueError(f"pictures of {h} x {w} do not divide by {divisor}, as a network of {self.levels} levels needs: "
-                             "take another resolution or fewer levels (mult)")
+            raise ValueError(f"images of {h} x {w} do not divide by {divisor}, as a network of "
+                             f"{self.levels} levels needs: choose another resolution or fewer "
+                             "levels (mult)")
 
-    def forward(self, x, c_noise, augment=None, label=None):
+    def forward(self, x, c_noise, augment=None, label=None, ratio=None):
         self.check(*x.shape[-2:])
         emb = sinusoids(c_noise, self.channels)                 # [B, channels]
+        if self.from_ratio is not None:
+            emb = emb + self.from_ratio(sinusoids(ratio, self.channels))        # (14)
         if self.classes:
             emb = emb + self.from_label(F.one_hot(label, self.classes) * math.sqrt(self.classes))
         if self.from_augment is not None and augment is not None:
@@ -135,7 +168,7 @@ class UNet(nn.Module):
         x = self.first(x)                                       # [B, channels, H, W]
         skips = [x]
         for block in self.encoder:
-            x = block(x, emb)                                   # [B, channels mult[level], H / 2^level, W / 2^level]
+            x = block(x, emb)               # [B, channels mult[level], H / 2^level, W / 2^level]
             skips.append(x)
         for block in self.middle:
             x = block(x, emb)
@@ -147,7 +180,8 @@ class UNet(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block, with resampling before its first convolution and attention behind it where asked."""
+    """A residual block. resample: "down" or "up", before the first convolution. attention: at the
+    end."""
 
     def __init__(self, cin, cout, emb, attention=False, resample=None, dropout=0.):
         super().__init__()
@@ -163,8 +197,8 @@ class Block(nn.Module):
         if self.resample == "down":
             x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)       # [B, cin, H / 2, W / 2]
         if self.resample == "up":
-            x, y = F.interpolate(x, scale_factor=2), F.interpolate(y, scale_factor=2)           # [B, cin, 2 H, 2 W]
-        y = self.conv1(y) + self.from_emb(emb)[:, :, None, None]                                # [B, cout, H, W]
+            x, y = (F.interpolate(v, scale_factor=2) for v in (x, y))           # [B, cin, 2 H, 2 W]
+        y = self.conv1(y) + self.from_emb(emb)[:, :, None, None]                # [B, cout, H, W]
         y = self.conv2(F.dropout(F.silu(self.norm2(y)), self.dropout, self.training))
         x = ((x if self.skip is None else self.skip(x)) + y) * math.sqrt(0.5)
         return x if self.attention is None else self.attention(x)
@@ -181,39 +215,103 @@ class Attention(nn.Module):
 
     def forward(self, x):
         b, c, h, w = x.shape
-        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1)                   # [B, 1, H W, 3 C]
-        y = F.scaled_dot_product_attention(*qkv.chunk(3, dim=3))                                # [B, 1, H W, C]
-        y = y[:, 0].transpose(1, 2).reshape(b, c, h, w)         # [B, C, H, W]
+        qkv = self.qkv(self.norm(x)).flatten(2).mT.unsqueeze(1)                 # [B, 1, H W, 3 C]
+        y = F.scaled_dot_product_attention(*qkv.chunk(3, dim=3))                # [B, 1, H W, C]
+        y = y[:, 0].mT.reshape(b, c, h, w)         # [B, C, H, W]
         return (x + self.out(y)) * math.sqrt(0.5)
 
 
 def build(config):
-    """A checkpoint's config, plain types, -> its Denoiser. Raises ValueError and the like for what cannot be one, before it is built."""
+    """A checkpoint's config, which has plain types only -> its Denoiser. Raises ValueError and the
+    like for an impossible config, before anything is allocated."""
     u = config["unet"]
-    limits = {"in_channels": (1, 3), "out_channels": (1, 6), "channels": (4, 4096), "blocks": (1, 64), "resolution": (1, 4096), "augment_dim": (0, 9),
+    limits = {"in_channels": (1, 4096), "out_channels": (1, 8192), "channels": (4, 4096),
+              "blocks": (1, 64), "resolution": (1, 4096), "augment_dim": (0, 9),
               "classes": (0, 2 ** 20)}
-    for k, v, (low, high) in [(k, u[k], limits[k]) for k in limits if k in u] + [("a mult", m, (1, 16)) for m in u["mult"]] + \
-            [("the number of mult", len(u["mult"]), (1, 12))]:
-        if type(v) is not int or not low <= v <= high:
-            raise ValueError(f"{k} is no whole number from {low} to {high}")
-    if config.get("path") not in (None, "blurring") or not (0 <= config["bnr"] <= 1e6 or config["bnr"] == math.inf) \
-            or not 0 < config["sigma_data"] < 1e6 or not 0 <= u.get("dropout", 0) < 1:
-        raise ValueError("its path, sigma_data or dropout is none of this project's")
-    path = BlurringPath() if config.get("path") else BlurNoisePath(config["bnr"])
-    return Denoiser(UNet(**config["unet"]), path, config["sigma_data"], **{k: config[k] for k in ("param", "blind", "colour") if k in config})
+    values = [(k, u[k], *limits[k]) for k in limits if k in u]
+    values += [("mult", m, 1, 16) for m in u["mult"]] + [("len(mult)", len(u["mult"]), 1, 12)]
+    for name, value, low, high in values:
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(f"{name} must be an integer from {low} to {high}")
+    if not 0 < config["sigma_data"] < 1e6 or not 0 <= u.get("dropout", 0) < 1:
+        raise ValueError("sigma_data or dropout is out of range")
+    kind = PARAMETERIZATIONS[config.get("param", "residual")]
+    if u["out_channels"] != kind.heads * u["in_channels"]:
+        raise ValueError(f"out_channels must be {kind.heads} times in_channels")
+    if config.get("blind"):
+        raise ValueError("it is a blind model, which this version does not have")
+    return kind(UNet(**u), config["sigma_data"])
 
 
-def sinusoids(c_noise, n):
-    """[B] -> [B, n]: sines, then cosines, of frequencies 1 to 1 / 10000."""
-    frequency = 10000 ** -(torch.arange(n // 2, dtype=torch.float32, device=c_noise.device) / (n // 2 - 1))
-    phase = c_noise[:, None] * frequency
+def load_model(filename, device="cpu", precision="fp32", compiled=False):
+    """A checkpoint of train.py -> its Denoiser in eval mode, and the rest of the checkpoint:
+    config, data, options, seen. Raises UserError."""
+    checkpoint = read_checkpoint(filename)
+    if "net" in checkpoint:
+        raise UserError(f"{filename} is what a run resumes from: take the ema.pt beside it")
+    try:
+        weights = checkpoint.pop("weights")
+        check_facts(checkpoint, weights, os.path.getsize(filename))
+        with torch.device("meta"):          # allocates nothing before the shapes are known to fit
+            net = build(checkpoint["config"])
+        make_path(checkpoint["config"]["bnr"], checkpoint["config"].get("path"))
+        net.load_state_dict(weights, assign=True)
+        c, h, w = checkpoint["data"]["shape"]
+        net.unet.check(h, w)
+        if c != net.unet.in_channels or len(checkpoint["data"]["classes"]) < net.classes:
+            raise ValueError("its data have other channels or classes than its network")
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"{filename} is not a model of this project, or its weights do not fit its "
+                        f"config: {reason}") from None
+    net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    if precision == "bf16":
+        net.forward = torch.autocast(torch.device(device).type, torch.bfloat16)(net.forward)
+    if compiled:
+        net.unet.compile()
+    return net, checkpoint
+
+
+MAY_BE_NEW = ("unet.from_ratio.", "unet.from_augment.", "unet.from_label.")
+
+
+def start_from(net, filename):
+    """Puts the weights of a checkpoint of this project into a new Denoiser, to train it further.
+
+    What only one of the two has among MAY_BE_NEW starts at zero or is left out. The deblurring head
+    starts at zero where the checkpoint is of BNR 0, which has not trained it. Raises UserError that
+    names what does not fit.
+    """
+    old, checkpoint = load_model(filename)
+    theirs, ours = old.state_dict(), net.state_dict()
+    for name in sorted(theirs.keys() ^ ours.keys()):
+        if not name.startswith(MAY_BE_NEW):
+            raise UserError(f"{filename} does not fit this network: only one of them has {name}")
+    for name, value in ours.items():
+        if name in theirs and theirs[name].shape == value.shape:
+            value.copy_(theirs[name])
+        elif name.startswith(MAY_BE_NEW):
+            value.zero_()
+        else:
+            raise UserError(f"{filename} does not fit this network: {name} is "
+                            f"{list(theirs[name].shape)} there and {list(value.shape)} here")
+    if checkpoint["config"]["bnr"] == 0 and net.heads == 2:
+        for value in (ours["unet.last.weight"], ours["unet.last.bias"]):
+            value.chunk(2)[1].zero_()
+
+
+def sinusoids(v, n):
+    """[B] -> [B, n]: the sines, then the cosines, of v times frequencies from 1 to 1 / 10000."""
+    k = torch.arange(n // 2, dtype=torch.float32, device=v.device)
+    phase = v[:, None] * 10000 ** -(k / (n // 2 - 1))
     return torch.cat([phase.sin(), phase.cos()], 1)
 
 
 def group_norm(channels):
     groups = min(32, channels // 4)
     if channels % groups:
-        raise ValueError(f"a width of {channels} does not divide into {groups} groups: take a multiple of 4, and of 32 above 128")
+        raise ValueError(f"a width of {channels} does not divide into {groups} groups: choose a "
+                         "multiple of 4, and above 128 a multiple of 32")
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
@@ -233,11 +331,15 @@ def initialized(layer, scale):
 
 
 def main():
-    for name, kw in {"CIFAR-10": dict(mult=(2, 2, 2), resolution=32), "FFHQ": dict(mult=(1, 2, 2, 2), resolution=64),
-                     "church": dict(mult=(1, 1, 2, 2, 2), resolution=128)}.items():
+    sizes = {"CIFAR-10": dict(mult=(2, 2, 2), resolution=32),
+             "FFHQ": dict(mult=(1, 2, 2, 2), resolution=64),
+             "church": dict(mult=(1, 1, 2, 2, 2), resolution=128)}
+    for name, kw in sizes.items():
         with torch.device("meta"):                              # shapes without memory
-            one, two = (sum(p.numel() for p in UNet(3, out, augment_dim=9, **kw).parameters()) for out in (3, 6))
-        print(f"{name:9} {kw['resolution']:3} x {kw['resolution']:<3}  {one:11,} parameters with one head, {two:11,} with two")
+            one, two = (sum(p.numel() for p in UNet(3, out, augment_dim=9, **kw).parameters())
+                        for out in (3, 6))
+        size = f"{kw['resolution']} x {kw['resolution']}"
+        print(f"{name:9} {size:>9}  {one:11,} parameters with one head, {two:11,} with two")
 
 
 if __name__ == "__main__":

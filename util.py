@@ -1,0 +1,385 @@
+"""What every program needs and no equation is in: options and errors, images on disk, checkpoints,
+downloads, and the processes that torchrun starts.
+"""
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import signal
+import sys
+import urllib.request
+import zipfile
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:                                             # Windows
+    resource = None
+
+
+# Options and errors
+
+class UserError(Exception):
+    """A mistake that the user can correct. Its message is the one line that they see."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that answers a mistake with one line and exit code 2."""
+
+    def error(self, message):
+        message = str(message).removeprefix("argument ").replace(": must be", " must be", 1)
+        first = os.environ.get("RANK", "0") == "0"              # under torchrun one process speaks
+        self.exit(2, f"{self.prog}: {message}\n" if first else None)
+
+    @contextlib.contextmanager
+    def one_line_errors(self):
+        """Within, a UserError or an OSError ends the program with one line and exit code 2."""
+        try:
+            yield
+        except UserError as e:
+            self.error(e)
+        except OSError as e:
+            self.error(f"{e.filename}: {e.strerror}" if e.filename else e)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or a float from low to high; NaN is out of range."""
+    def parse(text):
+        with contextlib.suppress(ValueError, OverflowError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        noun = "an integer" if kind is int else "a number"
+        limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"must be {noun} {limits}, not {text!r}")
+    return parse
+
+
+def device_name(text):
+    """An argparse type: cpu, cuda or cuda:1. Under torchrun, cuda is the GPU of this process."""
+    try:
+        if text == "cuda" and "LOCAL_RANK" in os.environ:
+            processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+            if processes > gpus:
+                raise RuntimeError(f"torchrun started {processes} processes for {gpus} GPUs")
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text} cannot be used here: {reason}") from None
+    if torch.device(text).type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda, not {text!r}")
+    return text
+
+
+def add_device_option(parser):
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device_name, default=found,
+                        help="cuda or cpu (default: cuda if there is one)")
+
+
+# Images as tensors and on disk
+
+def normalize(images):
+    """uint8 -> float32 in [-1, 1]. Float data, latents for example, stay as they are."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
+
+
+def to_uint8(x):
+    """Float in [-1, 1] -> uint8: 127.5 x + 128, clipped and truncated, as EDM does."""
+    return (127.5 * x + 128).clamp(0, 255).byte()
+
+
+def open_upright(file):
+    """An image file -> a PIL image of mode L (grey) or RGB: rotated as its EXIF says, transparent
+    parts on white, 16 bits reduced to 8. Raises ValueError where the range of values is unknown."""
+    image = Image.open(file)
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:     # Pillow only warns
+        raise ValueError(f"{image.width} x {image.height} pixels are more than Pillow's limit "
+                         f"of {Image.MAX_IMAGE_PIXELS}")
+    format, image = image.format, ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode == "I" and format != "PNG":
+        raise ValueError("32-bit and float images have no standard range: convert it to 8 bits")
+    if image.mode.startswith("I"):                              # 16-bit grey; Pillow would clip it
+        return Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    grey = image.mode in ("1", "L", "LA")
+    if "A" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if grey else "RGB")
+
+
+def crop_and_resize(image, width, height):
+    """Centre-crop a PIL image to these proportions, then resize it with Lanczos, as EDM does."""
+    k = min(image.width / width, image.height / height)
+    w, h = max(1, round(width * k)), max(1, round(height * k))
+    left, top = (image.width - w) // 2, (image.height - h) // 2
+    box = (left, top, left + w, top + h)
+    return image.crop(box).resize((width, height), Image.Resampling.LANCZOS)
+
+
+def read_image(filename, channels, height, width):
+    """One image file, cropped and resized: uint8 [1, channels, height, width]. Raises UserError."""
+    try:
+        image = open_upright(filename).convert("L" if channels == 1 else "RGB")
+        array = torch.from_numpy(np.array(crop_and_resize(image, width, height)))
+    except FileNotFoundError:
+        raise UserError(f"{filename} does not exist") from None
+    except Exception as e:                                      # decoders raise nearly anything
+        raise UserError(f"{filename} is not an image that can be read: {e}") from None
+    return array[None, None] if channels == 1 else array.permute(2, 0, 1)[None].contiguous()
+
+
+def save_image(pixels, filename):
+    """uint8 [C, H, W] -> an image file. Of other data than grey or RGB, the first channels."""
+    array = pixels[:3 if len(pixels) >= 3 else 1].cpu().permute(1, 2, 0).numpy()
+    write_image(Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array), filename)
+
+
+def write_image(image, filename):
+    try:
+        image.save(filename)
+    except ValueError as e:                                     # the extension names the format
+        raise UserError(f"{filename} cannot be written ({e}): use the extension .png") from None
+
+
+def save_grid(images, filename, columns=None):
+    """uint8 [N, C, H, W] -> one image of them all. Small images are enlarged, not smoothed."""
+    n = len(images)
+    columns = columns or math.ceil(math.sqrt(n))
+    tiles = F.pad(enlarge(images.cpu()), (1, 1, 1, 1, 0, 0, 0, -n % columns))   # a dark border each
+    _, c, h, w = tiles.shape
+    rows = tiles.reshape(-1, columns, c, h, w).permute(2, 0, 3, 1, 4)   # [C, rows, H, cols, W]
+    save_image(rows.reshape(c, -1, columns * w), filename)
+
+
+def enlarge(images):
+    k = max(1, 64 // images.shape[-1])
+    return images.repeat_interleave(k, -1).repeat_interleave(k, -2)
+
+
+def film_strip(rows, columns, filename):
+    """rows: pairs of a label and its images [C, H, W] in [-1, 1], one for each column label."""
+    cells = [enlarge(to_uint8(torch.stack(list(row))).cpu()) for _, row in rows]
+    _, c, h, w = cells[0].shape
+    left, top, gap = 12 + 6 * max(len(label) for label, _ in rows), 16, 2
+    size = left + len(columns) * (w + gap), top + len(rows) * (h + gap)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for j, label in enumerate(columns):
+        draw.text((left + j * (w + gap), 2), label, fill="black")
+    for i, ((label, _), row) in enumerate(zip(rows, cells)):
+        y = top + i * (h + gap)
+        draw.text((2, y + h // 2 - 6), label, fill="black")
+        for j, cell in enumerate(row):
+            rgb = (cell if c >= 3 else cell[:1].expand(3, -1, -1))[:3]
+            tile = Image.fromarray(rgb.permute(1, 2, 0).contiguous().numpy())
+            canvas.paste(tile, (left + j * (w + gap), y))
+    write_image(canvas, filename)
+
+
+# Files: checkpoints and downloads
+
+@contextlib.contextmanager
+def atomic_write(filename, mode="wb"):
+    """A file to write in. It is flushed to disk and renamed to filename when it is complete, so
+    that a reader finds the old file or the new one, never a part."""
+    with open(f"{filename}.part", mode) as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{filename}.part", filename)
+
+
+def save_checkpoint(checkpoint, filename):
+    """True when saved. Where the disk does not take it: False, and the old file stays."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    try:
+        with atomic_write(filename) as f:
+            f.write(buffer.getbuffer())
+        return True
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            os.remove(f"{filename}.part")
+        tqdm.write(f"{filename} could not be saved ({e.strerror}); the previous one stays, and "
+                   "training continues", file=sys.stderr)
+        return False
+
+
+def read_checkpoint(filename):
+    """A file of torch.save with plain tensors and types only -> dict. Raises UserError."""
+    try:
+        with zipfile.ZipFile(filename) as z:                    # torch.save does not compress, so
+            if sum(i.file_size for i in z.infolist()) > os.path.getsize(filename):
+                raise ValueError                                # this would be a decompression bomb
+        checkpoint = torch.load(filename, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{filename} does not exist: train a model with train.py first") from None
+    except Exception:                                           # zip, pickle and torch differ
+        message = f"{filename} is not a checkpoint of this project, or it is damaged"
+        raise UserError(message) from None
+    if not isinstance(checkpoint, dict):
+        kind = type(checkpoint).__name__
+        raise UserError(f"{filename} is not a checkpoint of this project: it holds a {kind}")
+    return checkpoint
+
+
+def check_facts(checkpoint, weights, size):
+    """Raises for weights and facts that train.py never saves. size: of the file, in bytes."""
+    for v in weights.values():
+        if (v.dtype, v.layout, v.device.type) != (torch.float32, torch.strided, "cpu"):
+            raise ValueError("its weights are not float32")
+    if sum(v.numel() * 4 for v in weights.values()) > size:
+        raise ValueError("its weights claim to be larger than the file")
+    if not all(v.isfinite().all() for v in weights.values()):
+        raise ValueError("its weights are not finite")
+    data, options = checkpoint["data"], checkpoint["options"]
+    c, h, w = data["shape"]
+    if not all(type(n) is int and 0 < n <= 4096 for n in (c, h, w)):
+        raise ValueError("it makes images of an unknown shape")
+    if type(options["sample_steps"]) is not int or not 1 <= options["sample_steps"] <= 10000:
+        raise ValueError("its sample_steps is out of range")
+    if options["resolution"] not in (0, max(h, w)):
+        raise ValueError("its resolution is not that of its images")
+    if not all(isinstance(v, str) for v in (options["data"], *data["classes"])):
+        raise TypeError("its data or classes have names of another type")
+
+
+def resumed_log(filename, seen):
+    """The log, open to continue after the checkpoint: later lines will be written again."""
+    kept = []
+    if os.path.exists(filename):
+        for line in open(filename):
+            with contextlib.suppress(ValueError):               # the last line may be incomplete
+                kept += [line] if json.loads(line)["kimg"] <= seen / 1000 else []
+    with atomic_write(filename, "w") as f:
+        f.writelines(kept)
+    return open(filename, "a")
+
+
+def fetch(url, path, algorithm, digest, otherwise=""):
+    """The path of a file whose digest begins so: the one that is there, or else fetched from url.
+
+    path: pathlib.Path. otherwise: what else the user may do. Raises UserError.
+    """
+    remedy = " ".join(filter(None, [f"download {url} elsewhere and put it at {path}", otherwise]))
+    if path.exists():
+        if not has_digest(path, algorithm, digest):
+            raise UserError(f"{path} is damaged (its {algorithm} is not {digest}): remove it, or "
+                            f"{remedy}")
+        return path
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with urllib.request.urlopen(url, timeout=30) as r, open(part, "wb") as f:
+            size = int(r.headers.get("Content-Length", 0))
+            with tqdm(desc=path.name, total=size or None, unit="B", unit_scale=True) as bar:
+                while block := r.read(1 << 20):
+                    f.write(block)
+                    bar.update(len(block))
+        if part.stat().st_size < size:
+            raise OSError("the connection was lost")
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot fetch {path.name} ({e}): {remedy}") from None
+    if not has_digest(part, algorithm, digest):
+        os.replace(part, f"{path}.bad")
+        raise UserError(f"the file from {url} does not have the {algorithm} {digest}; it is kept "
+                        f"as {path}.bad: {remedy}")
+    os.replace(part, path)
+    return path
+
+
+def has_digest(path, algorithm, digest):
+    return hashlib.new(algorithm, path.read_bytes()).hexdigest().startswith(digest)
+
+
+# Processes, signals and precision
+
+@contextlib.contextmanager
+def process_group():
+    """Within, the processes that torchrun started can communicate: NCCL for what is on a GPU, gloo
+    for what is on a CPU. Without torchrun this does nothing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group()
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    """The number of this process among those of torchrun; 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def rank_0_first():
+    """Rank 0 runs the block before the others: it fetches or makes a file for all of them."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and world_size() > 1:
+        dist.barrier()
+
+
+def any_rank(signals):
+    """Whether any process got a signal. If so, every process has its number in the list `signals`,
+    in the same step."""
+    if world_size() > 1:
+        received = torch.tensor(signals[0] if signals else 0)
+        dist.all_reduce(received, dist.ReduceOp.MAX)
+        if received and not signals:
+            signals.append(int(received))
+    return bool(signals)
+
+
+@contextlib.contextmanager
+def signals_noted():
+    """A list to which Ctrl-C or SIGTERM adds its number. A second signal ends the process at once,
+    but not under torchrun, which repeats a Ctrl-C that every process has received already."""
+    received = []
+
+    def note(number, frame):
+        received.append(number)
+        if world_size() == 1:
+            signal.signal(number, signal.SIG_DFL)
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def full_float32():
+    """Turn TF32 off: with it, the sample of a seed would depend on its batch."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def seed_for(purpose, seed, i=0):
+    """A seed of its own for each purpose, run and place in it: an int below 2^63."""
+    digest = hashlib.sha256(f"{purpose}, {seed}, {i}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def peak_memory(device):
+    """GiB of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    if resource is None:
+        return 0.
+    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
