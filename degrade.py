@@ -114,11 +114,17 @@ class AnyBNR(Path):
 def make_path(bnr, name=None):
     """The path of a checkpoint or a command line. bnr: a number, inf or "any"; name: "blurring"
     instead of a ratio. ValueError for anything else."""
-    if name not in (None, "blurring"):
-        raise ValueError(f"the path {name!r} is not one of this project's")
-    if name or bnr == "any":
-        return BlurringPath() if name else AnyBNR()
-    return ColdPath() if bnr == math.inf else ConstantBNR(bnr)
+    if name is not None:
+        if name != "blurring":
+            raise ValueError(f"the path {name!r} is not one of this project's")
+        return BlurringPath()
+    if bnr == "any":
+        return AnyBNR()
+    if bnr == math.inf:
+        return ColdPath()
+    if type(bnr) not in (int, float) or not 0 <= bnr <= 1e6:
+        raise ValueError(f"BNR must be a number from 0 to 1e6, inf or any, not {bnr!r}")
+    return ConstantBNR(bnr)
 
 
 def time_of(alpha, sigma):

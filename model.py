@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from degrade import attenuation, blur, expand_level, frequencies, make_path, time_of
+from degrade import attenuation, blur, expand_level, frequencies, time_of
 from util import UserError, check_facts, read_checkpoint
 
 SIGMA_DATA = 0.5                                # the standard deviation of the images (EDM)
@@ -254,7 +254,6 @@ def load_model(filename, device="cpu", precision="fp32", compiled=False):
         check_facts(checkpoint, weights, os.path.getsize(filename))
         with torch.device("meta"):          # allocates nothing before the shapes are known to fit
             net = build(checkpoint["config"])
-        make_path(checkpoint["config"]["bnr"], checkpoint["config"].get("path"))
         net.load_state_dict(weights, assign=True)
         c, h, w = checkpoint["data"]["shape"]
         net.unet.check(h, w)

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from degrade import AnyBNR, ConstantBNR, attenuation, dct2, degrade, expand_level, idct2, make_path
+from degrade import (AnyBNR, ColdPath, ConstantBNR, attenuation, dct2, degrade, expand_level, idct2,
+                     make_path)
 from model import load_model
 from util import (Parser, UserError, add_device_option, film_strip, full_float32, normalize, number,
                   process_group, rank, read_image, save_grid, save_image, to_uint8, world_size)
@@ -152,14 +153,16 @@ def seed_noise(seeds, shape):
                                 for g in generators])
 
 
-def generate(net, path, shape, seeds, device="cpu", batch=64, init=None, level=None, label=None,
+def generate(net, path, shape, seeds, device=None, batch=64, init=None, level=None, label=None,
              steps=18, colour=None, **options):
-    """Yields the images of the seeds, batch by batch: float64 [b, C, H, W], shape = (C, H, W).
+    """Yields the images of the seeds, batch by batch: float64 [b, C, H, W], shape = (C, H, W), on
+    the device, the net's by default.
 
     init [1, C, H, W]: degraded to `level` and restored, instead of starting from noise. label: the
     class of a class-conditional net; None: the seed modulo their number. options: see solve.
     """
     classes, heads = getattr(net, "classes", 0), net
+    device = device or next(net.parameters()).device
     for i in range(0, len(seeds), batch):
         some = seeds[i:i + batch]
         noise = seed_noise(some, shape)
@@ -178,19 +181,29 @@ def generate(net, path, shape, seeds, device="cpu", batch=64, init=None, level=N
 def sampling_path(checkpoint, bnr=None, name=None):
     """The path to sample a checkpoint along. A network of --bnr any takes a ratio, 0.5 by default,
     or the path "blurring"; any other network takes its own path only. Raises UserError."""
-    trained, curve = checkpoint["config"]["bnr"], checkpoint["config"].get("path")
-    if trained == "any" and curve is None:
-        if name is None and not 0 <= (bnr or 0) <= AnyBNR.max_bnr:
+    config, channels = checkpoint["config"], checkpoint["data"]["shape"][0]
+    try:
+        trained = make_path(config["bnr"], config.get("path"))
+        if isinstance(trained, ColdPath):
+            if config["param"] == "noise":
+                raise ValueError("a cold model has no noise to predict")
+            start = plain_image(torch.ones(1, channels, 1, 1), **config["colour"])
+            if not start.isfinite().all():
+                raise ValueError("the colour that it starts from is not finite")
+    except (ValueError, TypeError, KeyError, RuntimeError) as e:
+        raise UserError(f"this model cannot be sampled from the command line: {e}") from None
+    if isinstance(trained, AnyBNR):
+        if name is not None:
+            return make_path(None, name)
+        if not 0 <= (bnr or 0) <= AnyBNR.max_bnr:
             raise UserError(f"--bnr {bnr:g}: this model was trained for ratios from 0 to "
                             f"{AnyBNR.max_bnr}")
-        return make_path(bnr, name) if name else ConstantBNR(0.5 if bnr is None else bnr)
+        return ConstantBNR(0.5 if bnr is None else bnr)
     if bnr is not None or name is not None:
+        own = f"the path {config['path']}" if config.get("path") else f"BNR {config['bnr']:g}"
         raise UserError("--bnr and --path are for a model trained with --bnr any; this one has "
-                        f"{f'the path {curve}' if curve else f'BNR {trained:g}'}")
-    try:
-        return make_path(trained, curve)
-    except (ValueError, TypeError) as e:
-        raise UserError(f"this model cannot be sampled from the command line: {e}") from None
+                        f"{own}")
+    return trained
 
 
 def sampler_options(p):

@@ -300,6 +300,8 @@ def prepare(args, data, path, net):
         and torch.cuda.is_bf16_supported(including_emulation=False)
     run.local, run.micro = shares_of_batch(args)
     run.mine = slice(rank() * run.local, (rank() + 1) * run.local)
+    if data is not None:                                        # which is not resized
+        args = run.args = argparse.Namespace(**{**vars(args), "resolution": 0})
     state = resumable(args)
 
     if data is None:

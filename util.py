@@ -42,13 +42,20 @@ class Parser(argparse.ArgumentParser):
 
     @contextlib.contextmanager
     def one_line_errors(self):
-        """Within, a UserError or an OSError ends the program with one line and exit code 2."""
+        """Within, what the user can correct ends the program with one line and exit code 2, and
+        Ctrl-C with one line and 130."""
         try:
             yield
         except UserError as e:
             self.error(e)
         except OSError as e:
             self.error(f"{e.filename}: {e.strerror}" if e.filename else e)
+        except (MemoryError, RuntimeError) as e:
+            if not (isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "enough mem" in str(e)):
+                raise
+            self.error("out of memory: take a smaller --batch-gpu, --batch or resolution")
+        except KeyboardInterrupt:
+            self.exit(130, f"{self.prog}: interrupted; what is written already stays\n")
 
 
 def number(kind, low, high=math.inf):
@@ -348,15 +355,20 @@ def any_rank(signals):
 
 @contextlib.contextmanager
 def signals_noted():
-    """A list to which Ctrl-C or SIGTERM adds its number. A second signal ends the process at once,
-    but not under torchrun, which repeats a Ctrl-C that every process has received already."""
+    """A list to which Ctrl-C, SIGTERM or the end of the terminal adds its number. A second signal
+    ends the process at once, but not under torchrun, which repeats a Ctrl-C that every process has
+    received already."""
     received = []
 
     def note(number, frame):
         received.append(number)
         if world_size() == 1:
             signal.signal(number, signal.SIG_DFL)
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+            with contextlib.suppress(OSError):                  # print is not safe in a handler
+                os.write(2, b"\nstopping after this step; a second signal stops at once\n")
+    names = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+    numbers = [getattr(signal, n) for n in names]
+    before = {s: signal.signal(s, note) for s in numbers if signal.getsignal(s) != signal.SIG_IGN}
     try:
         yield received
     finally:

@@ -1,8 +1,10 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -13,23 +15,36 @@ from PIL import Image
 
 import sample
 import train
-from data import leaves, normalize
-from degrade import BlurNoisePath
+from data import Images, epoch, leaves, shuffled
+from degrade import BlurringPath, ColdPath, ConstantBNR, degrade, time_of
 from loss import disentangled_loss
-from model import Denoiser, UNet
-from sample import load_model
+from model import PARAMETERIZATIONS, Denoiser, UNet, load_model
+from sample import sampling_path
+from util import normalize, seed_for, signals_noted
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--resolution 8 --channels 8 --mult 1 2 --attention 4 --batch 4 --warmup 0 --log-every 0.016 --snapshot-every 0.032 --sample-steps 2".split()
+NETWORK = "--resolution 8 --channels 8 --mult 1 2 --attention 4 --device cpu".split()
+SMALL = NETWORK + """--batch 4 --warmup 0 --log-every 0.016 --snapshot-every 0.032
+                     --sample-steps 2""".split()
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
     for i in range(10):
-        Image.fromarray(np.random.RandomState(i).randint(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        write_noise(folder / f"{i}.png", i)
     return str(folder)
+
+
+def write_noise(filename, seed, shape=(8, 8, 3)):
+    array = np.random.RandomState(seed).randint(0, 256, shape, dtype=np.uint8)
+    Image.fromarray(array).save(filename)
+
+
+def tensor_of_noise(n, *shape):
+    x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(0))
+    return Images(x, torch.zeros(n, dtype=torch.long), ["all"], "noise")
 
 
 def run(monkeypatch, *args, main=train.main):
@@ -38,12 +53,22 @@ def run(monkeypatch, *args, main=train.main):
 
 
 def small(monkeypatch, data, out, *args):
-    run(monkeypatch, "--data", data, "--out", out, "--device", "cpu", *SMALL, *args)
+    run(monkeypatch, "--data", data, "--out", out, *SMALL, *args)
+
+
+def small_options(out, *args):
+    return train.options([*SMALL, "--out", str(out), *map(str, args)])
 
 
 def weights(out, name="ema.pt"):
+    """The tensors of a checkpoint, and all of it."""
     state = torch.load(f"{out}/{name}", weights_only=True)
-    return {k: v for part in ("weights", "net", "ema") for k, v in state.get(part, {}).items()}, state
+    parts = [state.get(part, {}) for part in ("weights", "net", "ema")]
+    return {k: v for part in parts for k, v in part.items()}, state
+
+
+def log_of(out):
+    return [json.loads(line) for line in open(out / "log.jsonl")]
 
 
 def same(a, b):
@@ -57,269 +82,467 @@ def refused(capsys, call, *words):
     last = printed.strip().splitlines()[-1]
     assert e.value.code == 2 and all(w in last for w in words), printed
     assert "Traceback" not in printed
+    return last
 
 
-def test_four_pictures_are_learned_by_heart():
-    """The loss at fixed levels falls to a small share of what knowing nothing costs, in both heads."""
+def watch_loss(monkeypatch):
+    """A list that receives the loss's arguments and results, in the order of the calls."""
+    calls = []
+
+    def watched(*args, original=train.disentangled_loss):
+        terms = original(*args)
+        calls.append((args, terms))
+        return terms
+    monkeypatch.setattr(train, "disentangled_loss", watched)
+    return calls
+
+
+# What is learned, and what repeats
+
+def test_four_images_are_learned_by_heart():
+    """The loss at fixed levels falls to a small share of what knowing nothing costs, in both
+    heads."""
     torch.manual_seed(0)
-    x0, path = normalize(leaves(4, 8)), BlurNoisePath(2)
-    net = Denoiser(UNet(3, 6, channels=32, mult=(1, 2), blocks=1, attention=(4,), resolution=8), path)
+    x0, path = normalize(leaves(4, 8)), ConstantBNR(2)
+    net = Denoiser(UNet(3, 6, channels=32, mult=(1, 2), blocks=1, attention=(4,), resolution=8))
     optimizer = torch.optim.Adam(net.parameters())
-    t, noise = torch.tensor([0.2, 0.4, 0.6, 0.8]).repeat(16), torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    score = lambda: torch.stack([l.mean() for l in disentangled_loss(net, x0.repeat_interleave(16, 0), path, t, noise)]).detach()
-    before = score()
+    t = torch.tensor([0.2, 0.4, 0.6, 0.8]).repeat(16)
+    fixed = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def losses(x0, t, noise):
+        return disentangled_loss(net, x0, *path.levels(t), noise, net.sigma_data)
+
+    def score():
+        return torch.stack([v.mean() for v in losses(x0.repeat_interleave(16, 0), t, fixed)])
+    before = score().detach()
     for i in range(250):
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1, 2 * (1 - i / 250))
-        (sum(disentangled_loss(net, x0.repeat(8, 1, 1, 1), path, torch.rand(32) * 0.8 + 0.1)).mean() * x0[0].numel()).backward()
+        levels, noise = torch.rand(32) * 0.8 + 0.1, torch.randn(32, 3, 8, 8)
+        terms = losses(x0.repeat(8, 1, 1, 1), levels, noise)
+        (sum(terms).mean() * x0[0].numel()).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert (score() < 0.1 * before).all()
 
 
-@pytest.mark.parametrize("extra", [[], ["--dropout", "0.3", "--augment", "0.5"]])
-def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, pictures, monkeypatch, extra):
-    small(monkeypatch, pictures, tmp_path / "whole", "--duration", 0.096, *extra)
-    small(monkeypatch, pictures, tmp_path / "parts", "--duration", 0.032, *extra)
-    small(monkeypatch, pictures, tmp_path / "parts", "--duration", 0.096, *extra)
+@pytest.mark.parametrize("extra", ["", "--dropout 0.3 --augment 0.5", "--bnr any"])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, images, monkeypatch, extra):
+    small(monkeypatch, images, tmp_path / "whole", "--duration", 0.096, *extra.split())
+    for duration in (0.032, 0.096):
+        small(monkeypatch, images, tmp_path / "parts", "--duration", duration, *extra.split())
     for name in ("ema.pt", "state.pt"):
         assert same(weights(tmp_path / "whole", name)[0], weights(tmp_path / "parts", name)[0])
     unet = weights(tmp_path / "whole")[1]["config"]["unet"]
-    assert (unet["dropout"], unet["augment_dim"]) == ((0.3, 9) if extra else (0, 0))
-    logs = [[json.loads(l) for l in open(tmp_path / d / "log.jsonl")] for d in ("whole", "parts")]
-    assert [l["step"] for l in logs[0]] == [l["step"] for l in logs[1]] == [4, 8, 12, 16, 20, 24]
-    assert [l["denoise"] for l in logs[0]] == [l["denoise"] for l in logs[1]]
+    asked = (0.3, 9) if "dropout" in extra else (0, 0)
+    assert (unet["dropout"], unet["augment_dim"]) == asked
+    assert unet.get("ratio", False) == ("any" in extra)
+    logs = [log_of(tmp_path / d) for d in ("whole", "parts")]
+    steps = [[line["step"] for line in log] for log in logs]
+    assert steps[0] == steps[1] == [4, 8, 12, 16, 20, 24]
+    assert [line["denoise"] for line in logs[0]] == [line["denoise"] for line in logs[1]]
 
 
-def test_a_run_cut_between_checkpoints_repeats_from_the_last(tmp_path, pictures, monkeypatch):
-    small(monkeypatch, pictures, tmp_path / "whole", "--duration", 0.096)
+class Cut(Exception):
+    pass
+
+
+def test_a_run_cut_between_checkpoints_repeats_from_the_last(tmp_path, images, monkeypatch):
+    small(monkeypatch, images, tmp_path / "whole", "--duration", 0.096)
 
     def cut(seen, *args, original=train.summary):
         if seen == 80:
-            raise KeyboardInterrupt
+            raise Cut
         return original(seen, *args)
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as m, pytest.raises(Cut):
         m.setattr(train, "summary", cut)
-        small(m, pictures, tmp_path / "cut", "--duration", 0.096)
+        small(m, images, tmp_path / "cut", "--duration", 0.096)
     assert weights(tmp_path / "cut")[1]["seen"] == 64
-    small(monkeypatch, pictures, tmp_path / "cut", "--duration", 0.096)
+    small(monkeypatch, images, tmp_path / "cut", "--duration", 0.096)
     assert same(weights(tmp_path / "whole")[0], weights(tmp_path / "cut")[0])
-    assert [json.loads(l)["step"] for l in open(tmp_path / "cut/log.jsonl")] == [4, 8, 12, 16, 20, 24]
+    assert [line["step"] for line in log_of(tmp_path / "cut")] == [4, 8, 12, 16, 20, 24]
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
-def test_a_signal_ends_the_step_saves_and_resumes_bit_for_bit(tmp_path, pictures, monkeypatch, number):
-    import signal
-    script = [sys.executable, str(ROOT / "train.py"), "--data", pictures, "--out", str(tmp_path / "cut"), "--device", "cpu", *SMALL,
-              "--snapshot-every", "0"]
-    process = subprocess.Popen([*script, "--duration", "100"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_the_step_saves_and_resumes_bit_for_bit(tmp_path, images, monkeypatch, name):
+    script = [sys.executable, str(ROOT / "train.py"), "--data", images, "--out",
+              str(tmp_path / "cut"), *SMALL, "--snapshot-every", "0", "--duration", "100"]
+    process = subprocess.Popen(script, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     log = tmp_path / "cut/log.jsonl"
     while not (log.exists() and log.read_text()):
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(getattr(signal, number))
+    process.send_signal(getattr(signal, name))
     printed = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + getattr(signal, number) and "stopped and saved at" in printed and "Traceback" not in printed
+    assert process.returncode == 128 + getattr(signal, name)
+    assert "stopped and saved at" in printed and "Traceback" not in printed
     seen = weights(tmp_path / "cut")[1]["seen"]
     assert 0 < seen < 100_000
-    for out in ("cut", "other"):                                # interrupted at seen and not, up to the same picture
-        small(monkeypatch, pictures, tmp_path / out, "--duration", (seen + 16) / 1000, "--snapshot-every", 0)
-    assert same(weights(tmp_path / "cut", "state.pt")[0], weights(tmp_path / "other", "state.pt")[0])
+    for out in ("cut", "other"):            # interrupted at seen and not, up to the same image
+        small(monkeypatch, images, tmp_path / out, "--duration", (seen + 16) / 1000,
+              "--snapshot-every", 0)
+    cut, other = (weights(tmp_path / out, "state.pt")[0] for out in ("cut", "other"))
+    assert same(cut, other)
 
 
-def test_a_second_signal_ends_at_once():
-    """The first only takes a note and gives the signal its own meaning back."""
-    import signal
-    before = signal.getsignal(signal.SIGTERM)
-    with train.interrupts() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on(tmp_path, pictures, monkeypatch, capsys):
-    import resource
-    small(monkeypatch, pictures, tmp_path / "run", "--duration", 0.032)
-    before = {name: (tmp_path / "run" / name).read_bytes() for name in ("ema.pt", "state.pt")}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))                              # no file may grow beyond
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_second_signal_ends_at_once(name):
+    """The first is only noted, and the signal has its own meaning again."""
+    number = getattr(signal, name)
+    before = signal.signal(number, lambda *args: None)
     try:
-        refused(capsys, lambda: small(monkeypatch, pictures, tmp_path / "run", "--duration", 0.096), "last checkpoint could not be saved")
+        own = signal.getsignal(number)
+        with signals_noted() as signals:
+            os.kill(os.getpid(), number)
+            assert signals == [number] and signal.getsignal(number) == signal.SIG_DFL
+        assert signal.getsignal(number) == own
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals_noted() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals == [] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_training_continues(tmp_path, images, monkeypatch,
+                                                                      capsys):
+    import resource
+    out = tmp_path / "run"
+    small(monkeypatch, images, out, "--duration", 0.032)
+    before = {name: (out / name).read_bytes() for name in ("ema.pt", "state.pt")}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))      # no file may grow beyond
+    try:
+        refused(capsys, lambda: small(monkeypatch, images, out, "--duration", 0.096),
+                "last checkpoint could not be saved")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
-    assert not list((tmp_path / "run").glob("*.part"))
-    assert [json.loads(line)["step"] for line in open(tmp_path / "run/log.jsonl")] == [4, 8, 12, 16, 20, 24]                # it went on
-    small(monkeypatch, pictures, tmp_path / "run", "--duration", 0.096)
-    assert weights(tmp_path / "run")[1]["seen"] == 96
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert not list(out.glob("*.part"))
+    assert [line["step"] for line in log_of(out)] == [4, 8, 12, 16, 20, 24]     # it continued
+    small(monkeypatch, images, out, "--duration", 0.096)
+    assert weights(out)[1]["seen"] == 96
 
 
-@pytest.mark.parametrize("extra", [[], ["--augment", "1"]])
-def test_accumulation_changes_nothing_but_rounding(tmp_path, pictures, monkeypatch, extra):
-    small(monkeypatch, pictures, tmp_path / "whole", "--duration", 0.016, *extra)
-    small(monkeypatch, pictures, tmp_path / "parts", "--duration", 0.016, "--batch-gpu", 1, *extra)
-    logs = [json.loads(open(tmp_path / d / "log.jsonl").readline()) for d in ("whole", "parts")]
+def test_a_full_disk_costs_a_log_line_only(tmp_path, images, monkeypatch, capsys):
+    small(monkeypatch, images, tmp_path / "whole", "--duration", 0.064)
+
+    def log_on_a_full_disk(*args, original=train.resumed_log):
+        log, lines = original(*args), []
+
+        class Log:
+            flush = log.flush
+
+            def write(self, line):
+                lines.append(line)
+                if len(lines) == 2:
+                    raise OSError(28, "No space left on device")
+                log.write(line)
+        return Log()
+    monkeypatch.setattr(train, "resumed_log", log_on_a_full_disk)
+    small(monkeypatch, images, tmp_path / "full", "--duration", 0.064)
+    printed = capsys.readouterr().err
+    assert printed.count("a log line could not be written (No space left on device)") == 1
+    assert [line["step"] for line in log_of(tmp_path / "full")] == [4, 12, 16]
+    whole, full = (weights(tmp_path / out, "state.pt")[0] for out in ("whole", "full"))
+    assert same(whole, full)
+
+
+@pytest.mark.parametrize("extra", ["", "--augment 1"])
+def test_accumulation_changes_nothing_but_rounding(tmp_path, images, monkeypatch, extra):
+    extra = ["--duration", 0.016, *extra.split()]
+    small(monkeypatch, images, tmp_path / "whole", *extra)
+    small(monkeypatch, images, tmp_path / "parts", "--batch-gpu", 1, *extra)
+    logs = [log_of(tmp_path / d)[0] for d in ("whole", "parts")]
     assert logs[0]["denoise"] == pytest.approx(logs[1]["denoise"], rel=1e-4)
-    a, b = weights(tmp_path / "whole", "state.pt")[1]["optimizer"]["state"], weights(tmp_path / "parts", "state.pt")[1]["optimizer"]["state"]
-    first = [torch.cat([s["exp_avg"].flatten() for s in state.values()]) for state in (a, b)]
+    states = [weights(tmp_path / d, "state.pt")[1]["optimizer"] for d in ("whole", "parts")]
+    first = [torch.cat([v["exp_avg"].flatten() for v in s["state"].values()]) for s in states]
     assert (first[0] - first[1]).norm() < 1e-3 * first[0].norm()
 
 
-def test_a_step_is_the_recipes(tmp_path, pictures, monkeypatch):
-    """The first step by hand: what is drawn, the gradient of the loss summed over pixels and averaged over the batch, Adam, the average."""
-    drawn = []
+# A step and its parts
 
-    def watched(net, x0, path, t, noise, original=train.disentangled_loss):
-        drawn.append((x0, t, noise))
-        return original(net, x0, path, t, noise)
-    monkeypatch.setattr(train, "disentangled_loss", watched)
-    asked = []
-    monkeypatch.setattr(train, "augment", lambda x, p, *part, original=train.augment: asked.append((x, p)) or original(x, p, *part))
-    grids = []
+def test_a_step_is_the_recipes(tmp_path, images, monkeypatch):
+    """The first step by hand: what is drawn, the gradient of the loss summed over pixels and
+    averaged over the batch, Adam, the EMA."""
+    drawn, asked, grids = watch_loss(monkeypatch), [], []
 
-    def look(net, *args):
+    def watched(x, p, *part, original=train.augment):
+        asked.append((x, p))
+        return original(x, p, *part)
+
+    def look(run):
+        net = run.ema
         grids.append((net.training, {k: v.clone() for k, v in net.state_dict().items()}))
-        assert all(p.is_leaf and not p.requires_grad for p in net.parameters())                 # or each step's graph would be kept
+        # otherwise each step's graph would be kept
+        assert all(p.is_leaf and not p.requires_grad for p in net.parameters())
+    monkeypatch.setattr(train, "augment", watched)
     monkeypatch.setattr(train, "draw_grid", look)
-    small(monkeypatch, pictures, tmp_path, "--duration", 0.008, "--augment", 0.3, "--snapshot-every", 0.004, "--seed", 3, "--bnr", 2, "--lr", 1e-2)
-    (x0, t, noise), (_, t2, noise2) = drawn
-    assert not torch.equal(t, t2) and not torch.equal(noise, noise2)                            # each step has draws of its own
+    extra = "--augment 0.3 --seed 3 --bnr 2 --lr 1e-2".split()
+    small(monkeypatch, images, tmp_path, "--duration", 0.008, "--snapshot-every", 0.004, *extra)
+    (_, x0, alpha, sigma, noise, _), (_, _, _, sigma2, noise2, _) = (args for args, _ in drawn)
+    assert not torch.equal(sigma, sigma2) and not torch.equal(noise, noise2)    # a step's own
+    assert torch.equal(alpha, 2 * sigma)
     assert asked[0][1] == 0.3 and asked[0][0].min() >= -1 and asked[0][0].max() <= 1
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert state["config"]["unet"] == dict(in_channels=3, out_channels=6, channels=8, mult=[1, 2], blocks=1, attention=[4], dropout=0.0,
-                                           augment_dim=9, resolution=8, classes=0)
-    assert state["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.999) and state["optimizer"]["param_groups"][0]["eps"] == 1e-8
-    small(monkeypatch, pictures, tmp_path / "one", "--duration", 0.004, "--augment", 0.3, "--seed", 3, "--bnr", 2, "--lr", 1e-2)
+    assert state["config"]["unet"] == dict(
+        in_channels=3, out_channels=6, channels=8, mult=[1, 2], blocks=1, attention=[4],
+        dropout=0.0, augment_dim=9, resolution=8, classes=0)
+    group = state["optimizer"]["param_groups"][0]
+    assert group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8
+    small(monkeypatch, images, tmp_path / "one", "--duration", 0.004, *extra)
     state = torch.load(tmp_path / "one/state.pt", weights_only=True)
-    torch.manual_seed(3)
+    torch.manual_seed(seed_for("weights", 3))
     net = train.build(state["config"])
-    labels = []
-    torch.manual_seed(3 * 1_000_003)
+    torch.manual_seed(seed_for("step", 3, 0))
     labels = train.augment(asked[0][0], 0.3)[1]
-    losses = disentangled_loss(lambda x, t: net(x, t, labels), x0, net.path, t, noise)
+    losses = disentangled_loss(lambda x, alpha, sigma: net(x, alpha, sigma, labels),
+                               x0, alpha, sigma, noise, 0.5)
     (sum(losses).sum() * 192 / 4).backward()
     moments = state["optimizer"]["state"]
     before = dict(net.named_parameters())
     assert labels.any() and before["unet.from_augment.weight"].grad.any()
-    for i, (name, p) in enumerate(before.items()):
+    for i, p in enumerate(before.values()):
         torch.testing.assert_close(moments[i]["exp_avg"], 0.1 * p.grad, rtol=1e-3, atol=1e-7)
     ema = torch.load(tmp_path / "one/ema.pt", weights_only=True)["weights"]
-    for k, v in state["net"].items():                           # half-life 4 / 20 pictures after 4 of them
-        torch.testing.assert_close(ema[k], before[k].detach() + (1 - 0.5 ** (4 / 0.2)) * (v - before[k].detach()), rtol=1e-5, atol=1e-7)
+    share = 1 - 0.5 ** (4 / 0.2)                                # half-life 4 / 20 images after 4
+    for k, v in state["net"].items():
+        start = before[k].detach()
+        torch.testing.assert_close(ema[k], start + share * (v - start), rtol=1e-5, atol=1e-7)
         assert torch.equal(ema[k], state["ema"][k]) and torch.equal(grids[-1][1][k], ema[k])
-    assert not any(training for training, _ in grids) and any(not torch.equal(ema[k], state["net"][k]) for k in ema)
+    assert not any(training for training, _ in grids)
+    assert any(not torch.equal(ema[k], state["net"][k]) for k in ema)
 
 
-def test_the_average_has_its_half_life_in_pictures(tmp_path, pictures, monkeypatch):
-    """One step at a time: ema' = ema + (1 - 2^(-batch / half-life)) (net' - ema), the half-life at most a twentieth of what was seen."""
-    small(monkeypatch, pictures, tmp_path, "--duration", 0.36, "--ema", 0.016, "--snapshot-every", 0)
+def test_weights_noise_and_order_have_seeds_of_their_own(tmp_path, monkeypatch):
+    seeds = [seed_for(purpose, seed, i) for purpose in ("weights", "step", "epoch")
+             for seed in range(3) for i in range(3)]
+    assert len(set(seeds)) == 27 and all(0 <= s < 2 ** 63 for s in seeds)
+    drawn, started = watch_loss(monkeypatch), []
+
+    def build(config, original=train.build):
+        started.append(torch.initial_seed())
+        return original(config)
+    monkeypatch.setattr(train, "build", build)
+    train.train(small_options(tmp_path, "--duration", 0.004), tensor_of_noise(10, 3, 8, 8))
+    noise = drawn[0][0][4]
+
+    def first_noise(seed):
+        torch.manual_seed(seed)
+        torch.randn(4)                                          # the levels come first
+        return torch.randn(4, 3, 8, 8)
+    assert started == [seed_for("weights", 0)]
+    assert torch.equal(noise, first_noise(seed_for("step", 0, 0)))
+    for other in (0, started[0], seed_for("epoch", 0, 0)):
+        assert not torch.equal(noise, first_noise(other))
+        g = torch.Generator().manual_seed(other)
+        own = other == seed_for("epoch", 0, 0)
+        assert torch.equal(epoch(0, 1000, 0), torch.randperm(1000, generator=g)) == own
+
+
+def test_the_network_is_told_the_levels_of_each_image(tmp_path, monkeypatch):
+    """--bnr any: what reaches the unet is the image at the levels that it is told, in parts too."""
+    drawn, told = watch_loss(monkeypatch), []
+
+    def prepared(*args, original=train.prepare):
+        run = original(*args)
+        run.net.unet.register_forward_pre_hook(
+            lambda unet, args, kw: told.append((args, kw)), with_kwargs=True)
+        return run
+    monkeypatch.setattr(train, "prepare", prepared)
+    options = "--bnr any --batch 16 --batch-gpu 8 --duration 0.064".split()
+    train.train(small_options(tmp_path, *options), tensor_of_noise(50, 3, 8, 8))
+    assert len(drawn) == len(told) == 8
+    ratios = []
+    for ((_, x0, alpha, sigma, noise, _), _), ((x, c_noise, *_), kw) in zip(drawn, told):
+        ratios += (alpha / sigma).tolist()
+        torch.testing.assert_close(kw["ratio"], 4 * alpha / (alpha + sigma))
+        torch.testing.assert_close(c_noise, sigma.log() / 4)
+        for i in range(8):
+            seen, _ = degrade(x0[i:i + 1], alpha[i].item(), sigma[i].item(), noise[i:i + 1])
+            seen = seen / math.sqrt(sigma[i].item() ** 2 + 0.25)
+            torch.testing.assert_close(x[i:i + 1], seen, rtol=1e-4, atol=1e-5)
+            assert (kw["ratio"][i] == 0) == (alpha[i] == 0)
+    blurred = [r for r in ratios if r]
+    assert 4 <= len(ratios) - len(blurred) <= 32 and len(set(blurred)) == len(blurred)
+    assert 0.0999 < min(blurred) < 0.5 and 2 < max(blurred) < 10.001
+
+
+def test_the_networks_sigma_data_is_the_losses(tmp_path, monkeypatch):
+    drawn = watch_loss(monkeypatch)
+    unet = UNet(3, 6, channels=8, mult=(1, 2), blocks=1, attention=(4,), resolution=8)
+    torch.nn.init.normal_(unet.last.weight, std=0.1)
+    net = Denoiser(unet, sigma_data=1.)
+    options = small_options(tmp_path, "--duration", 0.008, "--lr", 0)
+    train.train(options, tensor_of_noise(10, 3, 8, 8), net=net)
+    for (_, x0, alpha, sigma, noise, sigma_data), terms in drawn:
+        assert sigma_data == 1
+        x, blurry = degrade(x0, alpha, sigma, noise)
+        with torch.no_grad():
+            heads = net(x, alpha, sigma)
+        for term, head, target in zip(terms, heads, (blurry, x0 - blurry)):
+            weight = (sigma ** 2 + 1) / sigma ** 2
+            expected = weight * (head - target).square().mean((1, 2, 3))
+            torch.testing.assert_close(term.detach(), expected)
+    assert len(drawn) == 2
+
+
+def test_the_ema_has_its_half_life_in_images(tmp_path, images, monkeypatch):
+    """One step at a time: ema' = ema + (1 - 2^(-batch / half-life)) (net' - ema), the half-life at
+    most a twentieth of what was seen."""
+    extra = "--ema 0.016 --snapshot-every 0".split()
+    small(monkeypatch, images, tmp_path, "--duration", 0.36, *extra)
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    small(monkeypatch, pictures, tmp_path, "--duration", 0.364, "--ema", 0.016, "--snapshot-every", 0)
+    small(monkeypatch, images, tmp_path, "--duration", 0.364, *extra)
     after = torch.load(tmp_path / "state.pt", weights_only=True)
     assert after["seen"] == 364
-    for k, v in state["ema"].items():                           # 364 / 20 = 18.2 pictures would be longer than the 16 asked for
-        torch.testing.assert_close(after["ema"][k], v + (1 - 0.5 ** (4 / 16)) * (after["net"][k] - v), rtol=1e-5, atol=1e-7)
+    share = 1 - 0.5 ** (4 / 16)             # 364 / 20 = 18.2 images would be longer than the 16
+    for k, v in state["ema"].items():
+        expected = v + share * (after["net"][k] - v)
+        torch.testing.assert_close(after["ema"][k], expected, rtol=1e-5, atol=1e-7)
 
 
-def test_the_learning_rate_warms_up_linearly(tmp_path, pictures, monkeypatch):
-    small(monkeypatch, pictures, tmp_path, "--duration", 0.064, "--warmup", 0.032, "--lr", 0.004)
-    assert [json.loads(l)["lr"] for l in open(tmp_path / "log.jsonl")] == pytest.approx([0.002, 0.004, 0.004, 0.004])
+def test_the_learning_rate_warms_up_linearly(tmp_path, images, monkeypatch):
+    small(monkeypatch, images, tmp_path, *"--duration 0.064 --warmup 0.032 --lr 0.004".split())
+    rates = [line["lr"] for line in log_of(tmp_path)]
+    assert rates == pytest.approx([0.002, 0.004, 0.004, 0.004])
 
 
-def test_every_picture_is_seen_once_an_epoch():
-    stream = torch.cat([train.shuffled(start, 4, 10, 0) for start in range(0, 40, 4)])
+def test_every_image_is_seen_once_an_epoch():
+    stream = torch.cat([shuffled(start, 4, 10, 0) for start in range(0, 40, 4)])
     for e in range(4):
         assert sorted(stream[e * 10:e * 10 + 10].tolist()) == list(range(10))
     assert stream[:10].tolist() != stream[10:20].tolist()
-    assert torch.equal(torch.cat([train.shuffled(0, 25, 10, 0), train.shuffled(25, 15, 10, 0)]), stream)
+    assert torch.equal(torch.cat([shuffled(0, 25, 10, 0), shuffled(25, 15, 10, 0)]), stream)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, pictures, monkeypatch, capsys):
-    small(monkeypatch, pictures, tmp_path / "run", "--duration", 0.032)
-    before = (tmp_path / "run/ema.pt").read_bytes()
+def test_training_tells_the_network_each_images_class(tmp_path, monkeypatch):
+    for name, shade in (("black", 0), ("white", 255)):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(4):
+            plain = np.full((8, 8, 3), shade, np.uint8)
+            Image.fromarray(plain).save(tmp_path / "set" / name / f"{i}.png")
+    drawn = watch_loss(monkeypatch)
+    options = """--cond --channels 8 --mult 1 --attention --resolution 8 --batch 8 --batch-gpu 4
+                 --duration 0.016 --sample-steps 1 --device cpu""".split()
+    run(monkeypatch, "--data", tmp_path / "set", "--out", tmp_path / "run", *options)
+    assert len(drawn) == 4
+    for (net, x0, *_), _ in drawn:
+        assert torch.equal(x0.mean((1, 2, 3)), 2. * net.keywords["label"] - 1)
 
-    def poisoned(net, x0, path, t, noise, original=train.disentangled_loss):
-        denoise, deblur = original(net, x0, path, t, noise)
-        poisoned.t.append(t)
-        return (denoise * math.nan if len(poisoned.t) == 3 else denoise), deblur
-    poisoned.t = []
+
+# What is not finite, and the log
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, images,
+                                                                          monkeypatch, capsys):
+    out, levels = tmp_path / "run", []
+    small(monkeypatch, images, out, "--duration", 0.032)
+    before = (out / "ema.pt").read_bytes()
+
+    def poisoned(net, x0, alpha, sigma, *args, original=train.disentangled_loss):
+        denoise, deblur = original(net, x0, alpha, sigma, *args)
+        levels.append(sigma)
+        return (denoise * math.nan if len(levels) == 3 else denoise), deblur
     monkeypatch.setattr(train, "disentangled_loss", poisoned)
-    refused(capsys, lambda: small(monkeypatch, pictures, tmp_path / "run", "--duration", 0.064), "not finite at step 11")
-    refused_level = f"{poisoned.t[2][0]:.4g}"
-    poisoned.t = []
-    refused(capsys, lambda: small(monkeypatch, pictures, tmp_path / "run", "--duration", 0.064), f"level {refused_level}", "denoise nan")
-    assert (tmp_path / "run/ema.pt").read_bytes() == before
+    last = refused(capsys, lambda: small(monkeypatch, images, out, "--duration", 0.064),
+                   "loss is not finite at step 11", "denoise nan")
+    assert f"level {levels[2][0]:.4g} " in last
+    assert (out / "ema.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("bnr", [0.5, "inf"])
-def test_a_gradient_that_is_not_finite_stops_the_run_and_is_named(tmp_path, pictures, monkeypatch, capsys, bnr):
-    monkeypatch.setitem(globals(), "SMALL", [*SMALL, "--bnr", str(bnr)])
-    small(monkeypatch, pictures, tmp_path / "run", "--duration", 0.032)
-    before = (tmp_path / "run/ema.pt").read_bytes()
+def test_a_gradient_that_is_not_finite_stops_the_run_and_is_named(tmp_path, images, monkeypatch,
+                                                                  capsys, bnr):
+    out = tmp_path / "run"
+    extra = ["--bnr", bnr, "--duration"]
+    small(monkeypatch, images, out, *extra, 0.032)
+    before = (out / "ema.pt").read_bytes()
 
-    def burst(net, x0, path, t, noise, original=train.disentangled_loss):
-        denoise, deblur = original(net, x0, path, t, noise)
+    def burst(net, x0, alpha, sigma, *args, original=train.disentangled_loss):
+        denoise, deblur = original(net, x0, alpha, sigma, *args)
+        t = time_of(alpha, sigma)
         burst.calls += 1
         if burst.calls == 3:
             burst.level = t[2].item()
         for i in (t == burst.level).nonzero().flatten():
-            deblur = deblur.index_add(0, i, (deblur[i] - deblur[i].detach()).sqrt()[None])      # adds 0, with a slope that is not finite
+            # adds 0, with a slope that is not finite
+            deblur = deblur.index_add(0, i, (deblur[i] - deblur[i].detach()).sqrt()[None])
         return denoise, deblur
     burst.calls, burst.level = 0, 0.
     monkeypatch.setattr(train, "disentangled_loss", burst)
-    with pytest.raises(SystemExit):
-        small(monkeypatch, pictures, tmp_path / "run", "--duration", 0.064)
-    assert f"gradient is not finite at step 11, level {burst.level:.4g}, term deblur" in capsys.readouterr().err
-    assert (tmp_path / "run/ema.pt").read_bytes() == before
+    last = refused(capsys, lambda: small(monkeypatch, images, out, *extra, 0.064),
+                   "gradient is not finite at step 11")
+    assert f"at step 11, level {burst.level:.4g}, term deblur" in last
+    assert (out / "ema.pt").read_bytes() == before
 
 
-def test_a_torn_log_line_is_dropped(tmp_path, pictures, monkeypatch):
-    small(monkeypatch, pictures, tmp_path / "run", "--duration", 0.032)
+def test_a_torn_log_line_is_dropped(tmp_path, images, monkeypatch):
+    small(monkeypatch, images, tmp_path / "run", "--duration", 0.032)
     with open(tmp_path / "run/log.jsonl", "a") as f:
         f.write('{"kimg": 0.0')
-    small(monkeypatch, pictures, tmp_path / "run", "--duration", 0.064)
-    assert [json.loads(line)["step"] for line in open(tmp_path / "run/log.jsonl")] == [4, 8, 12, 16]
+    small(monkeypatch, images, tmp_path / "run", "--duration", 0.064)
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [4, 8, 12, 16]
 
 
 def test_log_lines_split_the_loss_by_quartile_of_the_levels():
     t = torch.exp(-1.2 + 1.2 * torch.tensor([-0.75, -0.6, 0.6, 0.75, -2., -0.3, 0.3, 2.]))
-    records = torch.stack([t, torch.tensor([1., 2, 3, 4, 3, 4, 5, 6]), torch.zeros(8)]).reshape(3, 2, 4).transpose(0, 1)    # [steps, 3, batch]
-    line = train.summary(8, records, 0.1, time.time() - 2, torch.device("cpu"))
-    assert line["denoise_by_level"] == [2, 3, 4, 5] and line["denoise"] == 3.5 and line["deblur"] == 0
+    denoise = torch.tensor([1., 2, 3, 4, 3, 4, 5, 6])
+    records = torch.stack([t, denoise, torch.zeros(8)])
+    records = records.reshape(3, 2, 4).transpose(0, 1)          # [steps, 3, batch]
+    cpu = torch.device("cpu")
+    line = train.summary(8, records, 0.1, time.time() - 2, cpu)
+    assert line["denoise_by_level"] == [2, 3, 4, 5]
+    assert line["denoise"] == 3.5 and line["deblur"] == 0
     assert line["step"] == 2 and line["images_per_s"] == pytest.approx(4, rel=0.1)
-    assert train.summary(1, records[:1, :, :1], 0.1, 0., torch.device("cpu"))["denoise_by_level"] == [1, None, None, None]
+    one = train.summary(1, records[:1, :, :1], 0.1, 0., cpu)
+    assert one["denoise_by_level"] == [1, None, None, None]
 
+
+# From the command line
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Leaves, the whole way from the command line: what the README's first command does, made short."""
+    """Leaves, the whole way from the command line: what the README's first command does, made
+    short."""
     out = tmp_path_factory.mktemp("trained")
-    script = [sys.executable, str(ROOT / "train.py"), "--device", "cpu", "--duration", "0.256", "--out", "run", "--sample-steps", "3", "--resolution", "8",
-              "--attention", "4"]
+    options = """--device cpu --duration 0.256 --out run --sample-steps 3 --resolution 8
+                 --attention 4""".split()
+    script = [sys.executable, str(ROOT / "train.py"), *options]
     subprocess.run(script, cwd=out, check=True, capture_output=True)
     return out
 
 
-def test_a_run_leaves_what_the_readme_says(trained):
+def test_a_run_leaves_what_the_documentation_says(trained):
     names = {f.name for f in (trained / "run").iterdir()}
     assert names == {"ema.pt", "state.pt", "log.jsonl", "options.json", "grid-000000.png"}
     assert json.load(open(trained / "run/options.json"))["bnr"] == 0.5
     checkpoint = torch.load(trained / "run/ema.pt", weights_only=True)
-    assert checkpoint["data"]["name"] == "leaves" and checkpoint["config"]["bnr"] == 0.5 and checkpoint["seen"] == 256
+    assert checkpoint["data"]["name"] == "leaves"
+    assert checkpoint["config"]["bnr"] == 0.5 and checkpoint["seen"] == 256
     assert Image.open(trained / "run/grid-000000.png").size == (8 * 66, 8 * 66)
 
 
 def test_sampling_from_the_command_line(trained, monkeypatch, capsys):
     def draw(*args):
-        run(monkeypatch, "--ckpt", trained / "run/ema.pt", "--device", "cpu", "--steps", 4, *args, main=sample.main)
+        run(monkeypatch, "--ckpt", trained / "run/ema.pt", "--device", "cpu", "--steps", 4, *args,
+            main=sample.main)
         return capsys.readouterr().out
+
+    def image(folder, name="000007.png"):
+        return np.asarray(Image.open(trained / folder / name)).astype(int)
     assert "NFE 7" in draw("--seeds", "0-9", "--out", trained / "all/", "--churn", 1)
-    assert sorted(f.name for f in (trained / "all").iterdir()) == [f"{i:06d}.png" for i in range(10)]
+    names = sorted(f.name for f in (trained / "all").iterdir())
+    assert names == [f"{i:06d}.png" for i in range(10)]
     assert Image.open(trained / "all-grid.png").size == (4 * 66, 3 * 66)
     draw("--seeds", "7", "--out", trained / "one", "--churn", 1)
     draw("--seeds", "5,6-7,60-63", "--out", trained / "some", "--churn", 1, "--batch", 2)
     for other in ("one", "some"):
-        a, b = (np.asarray(Image.open(trained / d / "000007.png")).astype(int) for d in ("all", other))
-        assert abs(a - b).max() <= 1
+        assert abs(image("all") - image(other)).max() <= 1
     draw("--seeds", "7", "--out", trained / "calm")
     draw("--seeds", "7", "--out", trained / "late", "--churn", 1, "--s-max", 0.1)
     different = {(trained / d / "000007.png").read_bytes() for d in ("one", "calm", "late")}
@@ -328,105 +551,277 @@ def test_sampling_from_the_command_line(trained, monkeypatch, capsys):
     assert (trained / "new/grid-grid.png").exists() and not (trained / "new/grid").exists()
     draw("--strip", "--out", trained / "film")
     assert (trained / "film-strip.png").exists()
-    draw("--init", trained / "all/000000.png", "--level", 0.02, "--seeds", "0", "--out", trained / "back")
-    a, b = (np.asarray(Image.open(trained / d / "000000.png")).astype(int) for d in ("all", "back"))
-    assert abs(a - b).mean() < 8                                # a hundredth of the range in, about that out
+    draw("--init", trained / "all/000000.png", "--level", 0.02, "--seeds", "0",
+         "--out", trained / "back")
+    difference = image("all", "000000.png") - image("back", "000000.png")
+    assert abs(difference).mean() < 8       # a hundredth of the range in, about that out
 
 
-def test_bad_options(trained, pictures, tmp_path, monkeypatch, capsys):
-    go = lambda *args: lambda: run(monkeypatch, "--out", tmp_path / "new", "--device", "cpu", *args)
+def test_bad_options(trained, images, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
-    for args, words in ((["--bnr", "-1"], ["--bnr", "-1"]), (["--bnr", "nan"], ["--bnr", "nan", "or inf"]), (["--bnr", "inf", "--param", "noise"], ["no noise"]),
-                        (["--bnr", "inf", "--blind"], ["no noise"]), (["--blind", "--param", "x0"], ["blind", "not x0"]),
-                        (["--bnr", "1", "--path", "blurring"], ["--path", "--bnr"]), (["--cond"], ["--cond", "leaves"]),
-                        (["--bnr", "half"], ["--bnr", "half"]), (["--data", tmp_path / "empty"], ["holds no picture"]),
-                        (["--data", tmp_path / "none"], ["does not exist"]), (["--resolution", "15"], ["15 x 15 do not divide by 2"]),
-                        (["--unknown", "1"], ["--unknown"]), (["--batch", "10", "--batch-gpu", "4"], ["--batch 10", "--batch-gpu 4"]),
-                        (["--device", "tpu"], ["--device", "tpu"]), (["--lr", "nan"], ["--lr"]),
-                        (["--channels", "10"], ["30", "multiple of 4"]), (["--attention", "7"], ["--attention [7]", "[16, 8]"]),
-                        (["--data", Path(pictures) / "0.png"], ["is one picture"]), (["--duration", "x"], ["'x' is no number"])):
-        refused(capsys, go(*args), *words)
+    cases = [
+        (["--bnr", "-1"], ["--bnr", "-1"]),
+        (["--bnr", "nan"], ["--bnr", "nan", "inf or any"]),
+        (["--bnr", "half"], ["--bnr", "half"]),
+        (["--bnr", "inf", "--param", "noise"], ["--param noise", "--bnr inf has none"]),
+        (["--bnr", "1", "--path", "blurring"], ["--path", "--bnr"]),
+        (["--bnr", "any", "--path", "blurring"], ["--path", "--bnr"]),
+        (["--cond"], ["--cond", "leaves"]),
+        (["--data", tmp_path / "empty"], ["contains no readable image"]),
+        (["--data", tmp_path / "none"], ["does not exist"]),
+        (["--data", Path(images) / "0.png"], ["is one image"]),
+        (["--resolution", "15"], ["15 x 15 do not divide by 2"]),
+        (["--unknown", "1"], ["--unknown"]),
+        (["--batch", "10", "--batch-gpu", "4"], ["--batch 10", "--batch-gpu 4"]),
+        (["--device", "tpu"], ["--device", "tpu"]),
+        (["--lr", "nan"], ["--lr"]),
+        (["--channels", "10"], ["30", "multiple of 4"]),
+        (["--attention", "7"], ["--attention [7]", "[16, 8]"]),
+        (["--duration", "x"], ["--duration must be a number", "'x'"])]
+    common = ["--out", tmp_path / "new", "--device", "cpu"]
+    for args, words in cases:
+        refused(capsys, lambda: run(monkeypatch, *common, *args), *words)
         assert not (tmp_path / "new").exists()
 
 
 def test_a_run_is_not_overwritten_by_another(trained, tmp_path, monkeypatch, capsys):
     before = {f: f.read_bytes() for f in (trained / "run").iterdir()}
     monkeypatch.chdir(trained)
-    refused(capsys, lambda: run(monkeypatch, "--device", "cpu", "--bnr", "0", "--resolution", 8, "--attention", 4), "--bnr 0.5, not 0.0")
-    refused(capsys, lambda: run(monkeypatch, "--device", "cpu"), "--resolution 8, not 16")
+    for args, words in (("--bnr 0 --resolution 8 --attention 4", "--bnr 0.5, not 0.0"),
+                        ("", "--resolution 8, not 16")):
+        refused(capsys, lambda: run(monkeypatch, "--device", "cpu", *args.split()), words)
     assert {f: f.read_bytes() for f in (trained / "run").iterdir()} == before
     (tmp_path / "text").mkdir()
     (tmp_path / "text/state.pt").write_text("hello")
-    refused(capsys, lambda: run(monkeypatch, "--device", "cpu", "--out", tmp_path / "text"), "no checkpoint of this project")
+    refused(capsys, lambda: run(monkeypatch, "--device", "cpu", "--out", tmp_path / "text"),
+            "is not a checkpoint of this project")
     assert (tmp_path / "text/state.pt").read_text() == "hello"
 
 
 def test_bad_checkpoints(trained, tmp_path, monkeypatch, capsys):
-    def draw(path, *args):
-        return lambda: run(monkeypatch, "--ckpt", path, "--device", "cpu", "--out", tmp_path / "out", *args, main=sample.main)
-    (tmp_path / "text.pt").write_text("hello")
-    refused(capsys, draw(tmp_path / "text.pt"), "text.pt is no checkpoint")
-    refused(capsys, draw(tmp_path / "none.pt"), "does not exist")
-    checkpoint = torch.load(trained / "run/ema.pt", weights_only=True)
-    for name, change in (("shape", lambda c: c["config"]["unet"].update(channels=32)), ("config", lambda c: c.pop("config")),
-                         ("huge", lambda c: c["config"]["unet"].update(channels=10 ** 6)), ("unknown", lambda c: c["config"]["unet"].update(depth=3))):
-        changed = {**checkpoint, "config": {**checkpoint["config"], "unet": dict(checkpoint["config"]["unet"])}}
+    good, text = trained / "run/ema.pt", tmp_path / "text.pt"
+    text.write_text("hello")
+
+    def bad(words, ckpt, *args):
+        refused(capsys, lambda: run(monkeypatch, "--ckpt", ckpt, "--device", "cpu",
+                                    "--out", tmp_path / "out", *args, main=sample.main), *words)
+    bad(["text.pt is not a checkpoint"], text)
+    bad(["does not exist"], tmp_path / "none.pt")
+    checkpoint = torch.load(good, weights_only=True)
+    for name, change in (("shape", lambda c: c["config"]["unet"].update(channels=32)),
+                         ("config", lambda c: c.pop("config")),
+                         ("huge", lambda c: c["config"]["unet"].update(channels=10 ** 6)),
+                         ("unknown", lambda c: c["config"]["unet"].update(depth=3))):
+        config = {**checkpoint["config"], "unet": dict(checkpoint["config"]["unet"])}
+        changed = {**checkpoint, "config": config}
         change(changed)
         torch.save(changed, tmp_path / f"{name}.pt")
-        refused(capsys, draw(tmp_path / f"{name}.pt"), f"{name}.pt is no model of this project")
+        bad([f"{name}.pt is not a model of this project"], tmp_path / f"{name}.pt")
     for seeds in ("x", "-3", "5-2,7", "1-", "9" * 30):
-        refused(capsys, draw(trained / "run/ema.pt", f"--seeds={seeds}"), "--seeds", "write 0-63")
-    refused(capsys, draw(trained / "run/state.pt"), "take the ema.pt")
-    refused(capsys, draw(trained / "run/ema.pt", "--level", 2), "--level is for --init")
-    monkeypatch.setattr(sample, "generate", lambda *a, **kw: pytest.fail("drew before it looked where to write"))
-    refused(capsys, lambda: run(monkeypatch, "--ckpt", trained / "run/ema.pt", "--device", "cpu", "--out", tmp_path / "text.pt", main=sample.main), "exists")
-    refused(capsys, draw(trained / "run/ema.pt", "--solver", "multistep", "--churn", "3"), "no churn")
-    refused(capsys, draw(trained / "run/ema.pt", "--init", tmp_path / "text.pt"), "no picture that can be read")
+        bad(["--seeds", "must be like 0-63"], good, f"--seeds={seeds}")
+    bad(["take the ema.pt"], trained / "run/state.pt")
+    bad(["--level is for --init"], good, "--level", 2)
+
+    def early(*args, **kw):
+        pytest.fail("it drew before it looked where to write")
+    monkeypatch.setattr(sample, "generate", early)
+    bad(["exists"], good, "--out", text)
+    bad(["no churn"], good, "--solver", "multistep", "--churn", "3")
+    bad(["is not an image that can be read"], good, "--init", text)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_model_loads_as_it_was_saved(trained):
     net, checkpoint = load_model(trained / "run/ema.pt")
     saved = torch.load(trained / "run/ema.pt", weights_only=True)["weights"]
-    assert same(dict(net.state_dict()), saved) and not net.training and checkpoint["data"]["shape"] == [3, 8, 8]
+    assert same(dict(net.state_dict()), saved) and not net.training
+    assert checkpoint["data"]["shape"] == [3, 8, 8]
 
 
-def test_grey_pictures_train_and_sample(tmp_path, monkeypatch, capsys):
+def test_grey_images_train_and_sample(tmp_path, monkeypatch, capsys):
     (tmp_path / "grey").mkdir()
     for i in range(4):
-        Image.fromarray(np.random.RandomState(i).randint(0, 256, (12, 8), dtype=np.uint8)).save(tmp_path / f"grey/{i}.png")
-    small(monkeypatch, tmp_path / "grey", tmp_path / "run", "--duration", 0.016, "--resolution", 0, "--attention")
-    run(monkeypatch, "--ckpt", tmp_path / "run/ema.pt", "--seeds", 0, "--steps", 2, "--out", tmp_path / "s", "--device", "cpu", main=sample.main)
-    assert Image.open(tmp_path / "s/000000.png").size == (8, 12) and Image.open(tmp_path / "s/000000.png").mode == "L"
+        write_noise(tmp_path / f"grey/{i}.png", i, (12, 8))
+    small(monkeypatch, tmp_path / "grey", tmp_path / "run",
+          *"--duration 0.016 --resolution 0 --attention".split())
+    run(monkeypatch, "--ckpt", tmp_path / "run/ema.pt", "--out", tmp_path / "s",
+        *"--seeds 0 --steps 2 --device cpu".split(), main=sample.main)
+    made = Image.open(tmp_path / "s/000000.png")
+    assert made.size == (8, 12) and made.mode == "L"
 
 
-@pytest.mark.parametrize("script, made", [("degrade.py", "degrade.png"), ("model.py", None), ("loss.py", None), ("data.py --resolution 4", "data.png")])
+def test_four_channel_latents_train_and_sample(tmp_path, monkeypatch):
+    """Float data stay as they are, and the samples are .npy files."""
+    data = tensor_of_noise(20, 4, 8, 8)
+    drawn = watch_loss(monkeypatch)
+    ema = train.train(small_options(tmp_path / "run", "--duration", 0.016), data)
+    for (_, x0, *_), _ in drawn:
+        assert all((x == data.images).all((1, 2, 3)).any() for x in x0)
+    assert Image.open(tmp_path / "run/grid-000000.png").size == (8 * 66, 8 * 66)
+    net, checkpoint = load_model(tmp_path / "run/ema.pt")
+    assert same(net.state_dict(), ema.state_dict()) and checkpoint["data"]["shape"] == [4, 8, 8]
+    std = data.images.double().std((0, 2, 3), unbiased=False)
+    assert checkpoint["data"]["std"] == pytest.approx(std.tolist())
+    run(monkeypatch, "--ckpt", tmp_path / "run/ema.pt", "--out", tmp_path / "s",
+        *"--seeds 0-3 --steps 2 --device cpu".split(), main=sample.main)
+    assert sorted(f.name for f in (tmp_path / "s").iterdir()) == [f"{i:06d}.npy" for i in range(4)]
+    latents = np.stack([np.load(tmp_path / f"s/{i:06d}.npy") for i in range(4)])
+    assert latents.shape == (4, 4, 8, 8) and latents.dtype == np.float32
+    drawn = sample.generate(net, ConstantBNR(0.5), (4, 8, 8), range(4), steps=2)
+    np.testing.assert_allclose(latents, torch.cat(list(drawn)).numpy(), rtol=1e-4, atol=1e-4)
+    assert Image.open(tmp_path / "s-grid.png").size == (2 * 66, 2 * 66)
+
+
+@pytest.mark.parametrize("script, made", [
+    ("degrade.py", "degrade.png"), ("model.py", None), ("loss.py", None),
+    ("data.py --resolution 4", "data.png")])
 def test_every_file_runs_by_itself(tmp_path, script, made):
     name, *args = script.split()
-    done = subprocess.run([sys.executable, str(ROOT / name), *args], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(ROOT / name), *args], cwd=tmp_path,
+                          capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout and done.stderr == ""
     assert made is None or Image.open(tmp_path / made).size[0] > 100
 
 
+@pytest.fixture
+def two_classes(tmp_path):
+    for name in "ab":
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(8):
+            write_noise(tmp_path / "set" / name / f"{i}.png", i)
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize("options", [
+    "--path blurring", "--param x0", "--param noise", "--bnr inf", "--bnr inf --param x0",
+    "--cond --augment 0.2"])
+def test_each_variant_from_the_command_line(options, two_classes, tmp_path, monkeypatch, capsys):
+    options = options.split()
+    small(monkeypatch, two_classes, tmp_path / "run", "--duration", 0.008, *options)
+    net, checkpoint = load_model(tmp_path / "run/ema.pt")
+    path, cold = sampling_path(checkpoint), "inf" in options
+    warm = BlurringPath if "--path" in options else ConstantBNR
+    assert type(path) is (ColdPath if cold else warm)
+    param = options[-1] if "--param" in options else "residual"
+    assert type(net) is PARAMETERIZATIONS[param] and net.classes == 2 * ("--cond" in options)
+
+    def draw(*args, out="s"):
+        run(monkeypatch, "--ckpt", tmp_path / "run/ema.pt", "--device", "cpu", "--out",
+            tmp_path / out, *args, main=sample.main)
+
+    def bad(*args, words=()):
+        refused(capsys, lambda: draw(*args), *words)
+    draw("--seeds", "0-3", "--steps", 3, "--churn", 1)
+    assert len(list((tmp_path / "s").iterdir())) == 4
+    if cold:
+        for level in (0.05, 9):
+            bad("--init", two_classes / "a/0.png", "--level", level,
+                words=["above 0.1 and at most 8"])
+        files = [np.asarray(Image.open(f)) for f in two_classes.rglob("*.png")]
+        x = normalize(torch.from_numpy(np.stack(files))).mean((1, 2)).double()
+        colour = checkpoint["config"]["colour"]
+        assert colour["mean"] == pytest.approx(x.mean(0).tolist(), abs=1e-6)
+        cov = np.cov(x.T.numpy(), bias=True)
+        assert np.array(colour["cov"]) == pytest.approx(cov, abs=1e-6)
+        bad("--solver", "multistep", words=["multistep"])
+    if net.classes:
+        draw("--seeds", "0-3", "--steps", 3, "--class", "b", "--churn", 1, out="b")
+        a, b = ([(tmp_path / d / f"00000{i}.png").read_bytes() for i in range(4)] for d in "sb")
+        assert a[1::2] == b[1::2] and a[0] != b[0]      # odd seeds have class 1, b, unless asked
+        bad("--class", "c", words=["a, b"])
+    else:
+        bad("--class", "b", words=["--cond"])
+
+
+def test_one_network_for_every_ratio_from_the_command_line(trained, two_classes, tmp_path,
+                                                           monkeypatch, capsys):
+    ckpt = tmp_path / "run/ema.pt"
+    small(monkeypatch, two_classes, tmp_path / "run", "--duration", 0.032, "--bnr", "any")
+    net, checkpoint = load_model(ckpt)
+    assert net.told_ratio and checkpoint["config"]["bnr"] == "any"
+    assert sampling_path(checkpoint).bnr == 0.5
+
+    def draw(out, *args, ckpt=ckpt):
+        run(monkeypatch, "--ckpt", ckpt, "--device", "cpu", "--steps", 2, "--out", tmp_path / out,
+            *args, main=sample.main)
+        return (tmp_path / out).with_name(f"{out}-grid.png")
+    grid = (tmp_path / "run/grid-000000.png").read_bytes()
+    assert draw("plain", "--grid").read_bytes() == grid         # --sample-steps is 2, too
+    assert draw("half", "--grid", "--bnr", 0.5).read_bytes() == grid
+    others = [draw("s", "--grid", *args.split()).read_bytes()
+              for args in ("--bnr 0", "--bnr 10", "--path blurring")]
+    assert len({grid, *others}) == 4
+    draw("film", "--strip", "--bnr", 0, 0.5, 2)
+    height = Image.open(tmp_path / "film-strip.png").height
+    assert height == 16 + 3 * 4 * 66                            # four rows a ratio
+    for args, words in (("--bnr 11", "--bnr 11: this model was trained for ratios from 0 to 10"),
+                        ("--bnr 1 --path blurring", "--bnr and --path are two ways"),
+                        ("--bnr 0 --path blurring", "--bnr and --path are two ways"),
+                        ("--bnr nan", "--bnr must be a number of at least 0"),
+                        ("--bnr 0 1", "--bnr takes one ratio"),
+                        ("--strip --bnr 0 1 2 3", "up to three")):
+        refused(capsys, lambda: draw("s", *args.split()), words)
+    for args in ("--bnr 0", "--bnr 0.5", "--path blurring"):
+        refused(capsys, lambda: draw("s", *args.split(), ckpt=trained / "run/ema.pt"),
+                "--bnr and --path are for a model trained with --bnr any", "BNR 0.5")
+
+
+def test_a_run_starts_from_another_models_weights(images, tmp_path, monkeypatch, capsys):
+    """The deblurring head, which BNR 0 has not trained, and the ratio's layer start at zero."""
+    hot, out = tmp_path / "hot", tmp_path / "any"
+    small(monkeypatch, images, hot, "--bnr", 0, "--duration", 0.032, "--lr", 0.01)
+    extra = ["--bnr", "any", "--lr", 0, "--init-from", hot / "ema.pt", "--duration"]
+    small(monkeypatch, images, out, *extra, 0.004)
+    old = weights(hot)[0]
+    for part in ("net", "ema"):
+        new = weights(out, "state.pt")[1][part]
+        assert new.keys() - old.keys() == {"unet.from_ratio.weight"}
+        for name, v in new.items():
+            half = 3 if name.startswith("unet.last.") else len(v)
+            expected = old.get(name, torch.zeros_like(v))
+            assert torch.equal(v[:half], expected[:half]) and not v[half:].any()
+    (hot / "ema.pt").rename(hot / "away.pt")                    # to resume it is not needed
+    small(monkeypatch, images, out, *extra, 0.008)
+    assert weights(out)[1]["seen"] == 8
+    wide = ["--channels", 16, "--init-from", hot / "away.pt"]
+    last = refused(capsys, lambda: small(monkeypatch, images, tmp_path / "wide", *wide),
+                   "away.pt does not fit this network", "is [")
+    assert "there and" in last and not (tmp_path / "wide").exists()
+
+
+def test_colour_of_one_image():
+    white = torch.full((1, 1, 4, 4), 255, dtype=torch.uint8)
+    assert Images(white, torch.zeros(1), ["x"], "x").colour() == {"mean": [1.], "cov": [[0.]]}
+
+
+# Presets
+
 @pytest.mark.parametrize("preset, recipe", [
-    ("cifar10", dict(batch=512, lr=1e-3, warmup=10_000, duration=200_000, dropout=0.13, augment=0.12, ema=500, sample_steps=18, bnr=0.5)),
-    ("ffhq64", dict(batch=256, lr=2e-4, warmup=10_000, duration=200_000, dropout=0.05, augment=0.15, ema=500, sample_steps=40, resolution=64)),
-    ("church128", dict(batch=256, lr=2e-4, warmup=10_000, duration=200_000, dropout=0.1, augment=0, ema=500, sample_steps=40, resolution=128)),
-    ("tiny", dict(batch=64, lr=2e-3, warmup=3, duration=60, dropout=0, augment=0, ema=3, resolution=16))])
-def test_presets_are_the_recipes_table(monkeypatch, preset, recipe):
-    for flags in (["--preset", preset], ["--data", "cifar10"] if preset == "cifar10" else ["--preset", preset, "--data", "x"]):
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-        chosen = vars(train.options()[1])
+    ("cifar10", dict(batch=512, lr=1e-3, warmup=10_000, duration=200_000, dropout=0.13,
+                     augment=0.12, ema=500, sample_steps=18, bnr=0.5)),
+    ("ffhq64", dict(batch=256, lr=2e-4, warmup=10_000, duration=200_000, dropout=0.05,
+                    augment=0.15, ema=500, sample_steps=40, resolution=64)),
+    ("church128", dict(batch=256, lr=2e-4, warmup=10_000, duration=200_000, dropout=0.1, augment=0,
+                       ema=500, sample_steps=40, resolution=128)),
+    ("tiny", dict(batch=16, lr=2e-3, warmup=1, duration=60, dropout=0, augment=0, ema=3,
+                  resolution=16))])
+def test_presets_are_the_recipes_table(preset, recipe):
+    other = ["--data", "cifar10"] if preset == "cifar10" else ["--preset", preset, "--data", "x"]
+    for flags in (["--preset", preset], other):
+        chosen = vars(train.options(flags))
         assert {k: chosen[k] for k in recipe} == recipe and chosen["preset"] == preset
 
 
 def test_presets_have_the_papers_sizes():
+    default = dict(resolution=32, channels=128, mult=[2, 2, 2], blocks=4, attention=[16],
+                   augment=0.12)
     with torch.device("meta"):
         for name, count in (("cifar10", 55_740_806), ("ffhq64", 61_809_030), ("tiny", None)):
-            kw = {**dict(resolution=32, channels=128, mult=[2, 2, 2], blocks=4, attention=[16], augment=0.12), **train.PRESETS[name]}
-            n = sum(p.numel() for p in UNet(3, 6, kw["channels"], kw["mult"], kw["blocks"], kw["attention"], kw["resolution"],
-                                            augment_dim=9 if kw["augment"] else 0).parameters())
+            kw = {**default, **train.PRESETS[name]}
+            unet = UNet(3, 6, kw["channels"], kw["mult"], kw["blocks"], kw["attention"],
+                        kw["resolution"], augment_dim=9 if kw["augment"] else 0)
+            n = sum(p.numel() for p in unet.parameters())
             assert n == count or name == "tiny" and 3.5e5 < n < 4.5e5
 
 
@@ -435,15 +830,15 @@ SHARED = ROOT.parent / "shared/data/cifar10-train-jpeg.tar.xz"
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the photographs are not beside this checkout")
 def test_photographs_train(tmp_path, monkeypatch):
-    import tarfile
     folder = tmp_path / "photos"
     with tarfile.open(SHARED) as tar:
         for _, member in zip(range(300), tar):
             if member.isfile():
                 (folder / member.name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / member.name).write_bytes(tar.extractfile(member).read())
-    run(monkeypatch, "--data", folder, "--preset", "tiny", "--duration", 1.5, "--out", tmp_path / "run", "--device", "cpu",
-        "--log-every", 0.5, "--warmup", 0.5, "--sample-steps", 4)
-    lines = [json.loads(l) for l in open(tmp_path / "run/log.jsonl")]
+    options = """--preset tiny --duration 1.5 --device cpu --log-every 0.5 --warmup 0.5
+                 --sample-steps 4""".split()
+    run(monkeypatch, "--data", folder, "--out", tmp_path / "run", *options)
+    lines = log_of(tmp_path / "run")
     assert lines[-1]["denoise"] < 0.95 * lines[0]["denoise"]
     assert os.path.exists(tmp_path / "run/ema.pt")

@@ -1,0 +1,135 @@
+"""The README's section "To swap a part", from outside, each part in a few lines of the user's."""
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import degrade
+import train
+from data import Images
+from model import Denoiser, load_model
+from sample import generate, sampling_path
+from util import UserError, read_checkpoint
+
+ROOT = Path(__file__).parent.parent
+SHORT = """--channels 8 --attention 4 --batch 4 --warmup 0 --log-every 0.016 --sample-steps 2
+           --device cpu""".split()
+
+
+def options(out, duration=0.016, resolution=8):
+    given = {"--out": out, "--duration": duration, "--resolution": resolution}
+    return train.options([*SHORT, *(str(word) for pair in given.items() for word in pair)])
+
+
+def noise_images(channels=3):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (20, channels, 8, 8), dtype=torch.uint8, generator=g)
+    return Images(x, torch.zeros(20, dtype=torch.long), ["all"], "noise")
+
+
+def four_samples(net, path, channels=3):
+    x = torch.cat(list(generate(net, path, (channels, 8, 8), range(4), steps=3)))
+    assert x.shape == (4, channels, 8, 8) and x.dtype == torch.float64 and x.isfinite().all()
+    return x
+
+
+# A path
+
+class Square(degrade.Path):
+    def levels(self, t):
+        return t ** 2, t
+
+
+def test_a_path(tmp_path, monkeypatch):
+    used = []
+
+    def watched(net, x0, alpha, sigma, *args, original=train.disentangled_loss):
+        used.append((alpha, sigma))
+        return original(net, x0, alpha, sigma, *args)
+    monkeypatch.setattr(train, "disentangled_loss", watched)
+    ema = train.train(options(tmp_path), noise_images(), Square())
+    four_samples(ema, Square())
+    assert len(used) == 4 and all(torch.equal(alpha, sigma ** 2) for alpha, sigma in used)
+
+
+def test_a_model_of_ones_own_path_loads(tmp_path):
+    """Its network is the project's. Its path is not, which the command line says."""
+    ema = train.train(options(tmp_path), noise_images(), Square())
+    net, checkpoint = load_model(tmp_path / "ema.pt")
+    assert torch.equal(four_samples(net, Square()), four_samples(ema, Square()))
+    with pytest.raises(UserError, match="cannot be sampled.*Square"):
+        sampling_path(checkpoint)
+
+
+# A network
+
+class CNN(torch.nn.Sequential):
+    def forward(self, x, c_noise, augment=None, label=None):
+        level = c_noise[:, None, None, None].expand(-1, 1, *x.shape[2:])
+        return super().forward(torch.cat([x, level], 1))
+
+
+def small_cnn():
+    torch.manual_seed(0)
+    first = torch.nn.Conv2d(3 + 1, 16, 3, padding=1)
+    last = torch.nn.Conv2d(16, 2 * 3, 3, padding=1)
+    return Denoiser(CNN(first, torch.nn.SiLU(), last))
+
+
+def test_a_network(tmp_path):
+    net, before = small_cnn(), small_cnn().state_dict()
+    ema = train.train(options(tmp_path), noise_images(), net=net)
+    assert not any(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    x = four_samples(ema, degrade.ConstantBNR(0.5))
+    loaded = small_cnn()
+    loaded.load_state_dict(read_checkpoint(tmp_path / "ema.pt")["weights"])
+    assert torch.equal(four_samples(loaded, degrade.ConstantBNR(0.5)), x)
+    with pytest.raises(UserError, match="not a model of this project"):
+        load_model(tmp_path / "ema.pt")
+
+
+def test_a_run_with_parts_of_ones_own_resumes(tmp_path):
+    for out, duration in (("whole", 0.016), ("parts", 0.008), ("parts", 0.016)):
+        train.train(options(tmp_path / out, duration), noise_images(), Square(), small_cnn())
+    whole, parts = (read_checkpoint(tmp_path / out / "ema.pt") for out in ("whole", "parts"))
+    assert whole["seen"] == parts["seen"] == 16
+    assert all(torch.equal(v, parts["weights"][k]) for k, v in whole["weights"].items())
+
+
+# Data from a tensor
+
+@pytest.mark.parametrize("channels, scale", [(3, 127.5), (1, 127.5), (4, 1)])
+def test_a_tensor_of_images(tmp_path, channels, scale):
+    images = noise_images(channels)
+    if scale == 1:                                              # latents
+        images.images = 3 * torch.randn(20, channels, 8, 8)
+    ema = train.train(options(tmp_path), images)
+    x = four_samples(ema, degrade.ConstantBNR(0.5), channels)
+    net, checkpoint = load_model(tmp_path / "ema.pt")
+    assert torch.equal(four_samples(net, sampling_path(checkpoint), channels), x)
+    facts, std = checkpoint["data"], images.images.double().std((0, 2, 3), unbiased=False)
+    assert (facts["name"], facts["count"], facts["shape"]) == ("noise", 20, [channels, 8, 8])
+    assert facts["std"] == pytest.approx((std / scale).tolist(), rel=1e-6)
+
+
+def test_a_tensor_has_a_resolution_of_its_own(tmp_path):
+    """--resolution is of image files: that of the preset, 16, does not matter here."""
+    train.train(options(tmp_path, resolution=16), noise_images())
+    assert load_model(tmp_path / "ema.pt")[1]["data"]["shape"] == [3, 8, 8]
+
+
+# All of them
+
+def test_the_readmes_code_runs_as_it_stands(tmp_path):
+    section = (ROOT / "README.md").read_text().split("## To swap a part\n")[1].split("\n## ")[0]
+    block = [line for line in section.splitlines() if line.startswith("    ")]
+    check = "assert samples.shape == (4, 3, 16, 16) and samples.isfinite().all()"
+    code = "\n".join([textwrap.dedent("\n".join(block)), check])
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/ema.pt").exists() and len(block) <= 20
