@@ -3,18 +3,22 @@ import math
 import pytest
 import torch
 
-from degrade import BlurNoisePath, blur, degrade
-from exact import gaussian_heads, gaussian_pictures, m_of, power_law
-from loss import disentangled_loss, training_levels, weight
+import loss as loss_script
+from degrade import ColdPath, ConstantBNR, blur, dct2, degrade, idct2
+from exact import gaussian_heads, gaussian_images, m_of, power_law
+from loss import disentangled_loss, weights
+from model import Denoiser, UNet
 
 
 def test_bnr_0_is_edms_loss():
     g = torch.Generator().manual_seed(0)
-    x0, noise, sigma = torch.randn(6, 3, 8, 8, generator=g), torch.randn(6, 3, 8, 8, generator=g), torch.rand(6, generator=g) * 3 + 0.1
-    net = lambda x, t: (x.tanh(), torch.zeros_like(x))
-    denoise, deblur = disentangled_loss(net, x0, BlurNoisePath(0), sigma, noise)
+    x0, noise = torch.randn(2, 6, 3, 8, 8, generator=g)
+    sigma = torch.rand(6, generator=g) * 3 + 0.1
+    net = lambda x, alpha, sigma: (x.tanh(), torch.zeros_like(x))
+    denoise, deblur = disentangled_loss(net, x0, 0 * sigma, sigma, noise, 0.5)
     for i, s in enumerate(sigma.tolist()):
-        edm = (s ** 2 + 0.25) / (s * 0.5) ** 2 * (torch.tanh(x0[i] + s * noise[i]) - x0[i]).square().mean()
+        error = (torch.tanh(x0[i] + s * noise[i]) - x0[i]).square().mean()
+        edm = (s ** 2 + 0.25) / (s * 0.5) ** 2 * error
         assert denoise[i].item() == pytest.approx(edm.item(), rel=1e-4)
     assert deblur.abs().max() < 1e-12
 
@@ -22,63 +26,106 @@ def test_bnr_0_is_edms_loss():
 @pytest.mark.parametrize("bnr", [0, 0.5, 2])
 def test_the_exact_heads_have_the_least_loss_and_it_is_the_closed_form(bnr):
     h, w = 6, 10
-    spectrum, path, g = power_law(h, w), BlurNoisePath(bnr), torch.Generator().manual_seed(1)
-    x0 = gaussian_pictures(4000, 1, spectrum, g)
+    spectrum, g = power_law(h, w), torch.Generator().manual_seed(1)
+    x0 = gaussian_images(4000, 1, spectrum, g)
     noise = torch.randn(x0.shape, dtype=torch.float64, generator=g)
-    exact = gaussian_heads(spectrum, path)
+    exact = gaussian_heads(spectrum)
     for sigma in (0.1, 0.5, 2.):
         m = m_of(bnr * sigma, h, w)
         left = spectrum * sigma ** 2 / (m ** 2 * spectrum + sigma ** 2)
         scale = (sigma ** 2 + 0.25) / (0.5 * sigma) ** 2
         least = [scale * (m ** 2 * left).mean(), scale * ((1 - m) ** 2 * left).mean()]
-        losses = disentangled_loss(exact, x0, path, sigma, noise)
+        loss = lambda net: disentangled_loss(net, x0, bnr * sigma, sigma, noise, 0.5)
+        losses = loss(exact)
         for value, closed in zip(losses, least):
-            assert (value.mean() - closed).abs() <= 4 * value.std() / math.sqrt(len(value)) + 1e-12
-        for factor in (0.9, 1.1):                               # each head off by a tenth, and only its own term grows
-            worse = disentangled_loss(lambda x, t: (factor * exact(x, t)[0], exact(x, t)[1]), x0, path, sigma, noise)
+            error = value.std() / math.sqrt(len(value))
+            assert (value.mean() - closed).abs() <= 4 * error + 1e-12
+        for factor in (0.9, 1.1):       # each head off by a tenth, and only its own term grows
+            worse = loss(lambda *a: (factor * exact(*a)[0], exact(*a)[1]))
             assert worse[0].mean() > losses[0].mean() and torch.equal(worse[1], losses[1])
-            worse = disentangled_loss(lambda x, t: (exact(x, t)[0], factor * exact(x, t)[1]), x0, path, sigma, noise)
-            assert torch.equal(worse[0], losses[0]) and (bnr == 0 or worse[1].mean() > losses[1].mean())
+            worse = loss(lambda *a: (exact(*a)[0], factor * exact(*a)[1]))
+            assert torch.equal(worse[0], losses[0])
+            assert bnr == 0 or worse[1].mean() > losses[1].mean()
 
 
-def test_the_terms_are_each_pictures_own():
-    x0, noise, path = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4), BlurNoisePath(2)
+def test_the_terms_are_each_images_own():
+    x0, noise = torch.randn(2, 3, 1, 4, 4)
     t = torch.tensor([0.1, 1., 10.])
-    net = lambda x, t: (0.5 * x, 0.1 * x)
-    together = disentangled_loss(net, x0, path, t, noise)
+    net = lambda x, alpha, sigma: (0.5 * x, 0.1 * x)
+    together = disentangled_loss(net, x0, 2 * t, t, noise, 0.5)
     for i in range(3):
-        alone = disentangled_loss(net, x0[i:i + 1], path, t[i:i + 1], noise[i:i + 1])
+        some = slice(i, i + 1)
+        alone = disentangled_loss(net, x0[some], 2 * t[some], t[some], noise[some], 0.5)
         for a, b in zip(together, alone):
-            torch.testing.assert_close(a[i:i + 1], b)
-    x, blurry = degrade(x0, t, path, noise)
-    torch.testing.assert_close(together[1], weight(t) * (0.1 * x - (x0 - blurry)).square().mean((1, 2, 3)))
+            torch.testing.assert_close(a[some], b)
+    x, blurry = degrade(x0, 2 * t, t, noise)
+    w = (t ** 2 + 0.25) / (0.5 * t) ** 2
+    expected = w * (0.1 * x - (x0 - blurry)).square().mean((1, 2, 3))
+    torch.testing.assert_close(together[1], expected)
     torch.testing.assert_close(blurry[1:2], blur(x0[1:2], 2.))
 
 
-def test_training_levels_are_log_normal():
-    torch.manual_seed(0)
-    z = training_levels((100_000, 1, 1, 1), BlurNoisePath(0.5)).log()
-    assert z.mean().item() == pytest.approx(-1.2, abs=0.02) and z.std().item() == pytest.approx(1.2, abs=0.02)
+def test_each_image_may_have_a_ratio_of_its_own():
+    x0, noise = torch.randn(2, 2, 1, 8, 8)
+    alpha, sigma = torch.tensor([0., 3.]), torch.tensor([1., 0.3])
+    net = lambda x, alpha, sigma: (0.5 * x, 0.1 * x)
+    together = disentangled_loss(net, x0, alpha, sigma, noise, 0.5)
+    for i in range(2):
+        alone = disentangled_loss(net, x0[i:i + 1], alpha[i].item(), sigma[i].item(),
+                                  noise[i:i + 1], 0.5)
+        torch.testing.assert_close(torch.stack(together)[:, i:i + 1], torch.stack(alone))
 
 
-def test_sigma_data_is_the_weights():
-    x0, noise, net = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4), lambda x, t: (x, x)
-    one, half = (disentangled_loss(net, x0, BlurNoisePath(1), 0.7, noise, sigma_data=sd)[0] for sd in (1., 0.5))
-    torch.testing.assert_close(one / half, torch.full((2,), (0.49 + 1) / 0.49 / ((0.49 + 0.25) / (0.7 * 0.5) ** 2)))
+def test_the_network_is_told_the_levels_of_its_image():
+    told = []
+    net = lambda *a: told.append(a) or (a[0], a[0])
+    x0, noise, alpha, sigma = *torch.randn(2, 3, 1, 4, 4), torch.rand(3), torch.rand(3)
+    disentangled_loss(net, x0, alpha, sigma, noise, 0.5)
+    assert torch.equal(told[0][1], alpha) and torch.equal(told[0][2], sigma)
+    assert torch.equal(told[0][0], degrade(x0, alpha, sigma, noise)[0])
 
 
-def test_levels_are_the_training_levels_unless_given():
-    asked = []
-    torch.manual_seed(1)
-    disentangled_loss(lambda x, t: (asked.append(t), x, x)[1:], torch.zeros(5, 1, 4, 4), BlurNoisePath(0.5))
-    torch.manual_seed(1)
-    assert torch.equal(asked[0], training_levels((5, 1, 4, 4), BlurNoisePath(0.5)))
+@pytest.mark.parametrize("sd", [0.3, 0.5, 1.])
+def test_sigma_data_is_the_preconditionings_and_the_weights(sd):
+    """w = 1 / c_out^2, so that the first head's target has unit size: EDM's rule."""
+    x0, sigma = torch.zeros(1, 1, 8, 8), 0.7
+    net = Denoiser(UNet(1, 2, channels=8, mult=(1,), blocks=1, attention=()), sigma_data=sd)
+    net.unet = lambda x, *a: torch.ones(1, 2, *x.shape[2:])     # F1 = F2 = 1
+    d, _ = net(x0, 0., sigma)                                   # x = 0, so D is c_out
+    w, _ = weights(x0, 0., sigma, net.sigma_data)
+    assert w.item() == pytest.approx(d[0, 0, 0, 0].item() ** -2, rel=1e-5)
 
 
-def test_defaults_draw_from_torchs_global_generator():
-    x0, net = torch.randn(4, 3, 8, 8), lambda x, t: (x, x)
-    torch.manual_seed(3)
-    a = disentangled_loss(net, x0, BlurNoisePath(0.5))
-    torch.manual_seed(3)
-    b = disentangled_loss(net, x0, BlurNoisePath(0.5))
-    assert all(torch.equal(u, v) for u, v in zip(a, b)) and a[0].shape == (4,)
+def test_the_cold_loss_is_one_where_nothing_is_learned():
+    """On images of power 1 / lam and total variance sd^2 the residual has the size that the loss
+    divides by, at every level."""
+    s, g = power_law(8, 12), torch.Generator().manual_seed(0)
+    s[0, 0] = 0
+    s = s * 0.25 / s.mean()
+    x0 = gaussian_images(20_000, 1, s, g)
+    noise, nothing = torch.zeros_like(x0), lambda x, *a: (x, 0 * x)
+    for t in (0.1, 1., 8.):
+        denoise, deblur = disentangled_loss(nothing, x0, *ColdPath().levels(t), noise, 0.5)
+        assert deblur.mean().item() == pytest.approx(1, rel=0.02) and not denoise.any()
+    undo = lambda x, *a: (x, idct2((1 / m_of(1., 8, 12) - 1) * dct2(x)))        # blur is invertible
+    assert disentangled_loss(undo, x0, 1., 0., noise, 0.5)[1].max() < 1e-12
+    t = torch.tensor([0.1, 1.]).repeat(10_000)
+    deblur = disentangled_loss(nothing, x0, *ColdPath().levels(t), noise, 0.5)[1]
+    assert deblur.mean().item() == pytest.approx(1, rel=0.02)
+
+
+def test_the_minimum_that_loss_py_prints_is_reached(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["loss.py"])
+    loss_script.main()
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("0.5 "))
+    cells = [float(v) for v in row.replace("+", " ").split()]
+    s = power_law(32, 32)
+    s[0, 0] = 0
+    s = s * 0.25 / s.mean()
+    x0 = gaussian_images(300, 1, s, torch.Generator().manual_seed(0))
+    noise = torch.randn(x0.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for i, bnr in enumerate((0, 0.5, 2)):
+        alpha, sigma = ConstantBNR(bnr).levels(0.5)
+        terms = disentangled_loss(gaussian_heads(s), x0, alpha, sigma, noise, 0.5)
+        found = [v.mean().item() for v in terms]
+        assert found == pytest.approx(cells[1 + 2 * i:3 + 2 * i], rel=0.02, abs=1e-3)
