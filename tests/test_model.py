@@ -4,22 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from degrade import BlurNoisePath, blur, idct2
-from exact import power_law
-from model import Attention, Block, Denoiser, UNet, build, residual_size, sinusoids
+from degrade import BlurringPath, ColdPath, ConstantBNR, blur
+from exact import gaussian_images, power_law
+from model import (Attention, Block, Denoiser, NoiseDenoiser, UNet, X0Denoiser, build, residual_std,
+                   sinusoids)
 
 SMALL = dict(channels=16, mult=(1, 2), blocks=1, attention=(8,), resolution=16)
-
-
-def count(*args, **kw):
-    with torch.device("meta"):
-        return sum(p.numel() for p in UNet(*args, **kw).parameters())
-
-
-def test_parameter_counts_are_the_papers():
-    assert count(3, 3, augment_dim=9) == 55_733_891
-    assert count(3, 6, augment_dim=9) == 55_733_891 + 6_915
-    assert count(3, 3, augment_dim=9, mult=(1, 2, 2, 2), resolution=64) == 61_805_571
 
 
 def shaken(module):
@@ -30,45 +20,73 @@ def shaken(module):
     return module.eval()
 
 
-@pytest.mark.parametrize("resample, cin, cout", [(None, 8, 8), (None, 8, 16), ("down", 8, 8), ("up", 8, 8)])
+# The trunk
+
+def count(*args, **kw):
+    with torch.device("meta"):
+        return sum(p.numel() for p in UNet(*args, **kw).parameters())
+
+
+def test_parameter_counts_are_the_papers():
+    assert count(3, 3, augment_dim=9) == 55_733_891
+    assert count(3, 6, augment_dim=9) == 55_733_891 + 6_915
+    assert count(3, 3, augment_dim=9, mult=(1, 2, 2, 2), resolution=64) == 61_805_571
+    assert count(3, 6, ratio=True) == count(3, 6) + 128 ** 2    # one layer without bias
+
+
+def resized(x, resample):
+    if resample == "down":
+        return (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
+    return x.repeat_interleave(2, -1).repeat_interleave(2, -2) if resample == "up" else x
+
+
+def conv_1x1(layer, x):
+    return torch.einsum("bchw,dc->bdhw", x, layer.weight[:, :, 0, 0]) + layer.bias[:, None, None]
+
+
+@pytest.mark.parametrize("resample, cin, cout",
+                         [(None, 8, 8), (None, 8, 16), ("down", 8, 8), ("up", 8, 8)])
 def test_block_by_hand(resample, cin, cout):
     torch.manual_seed(0)
-    block, x, emb = shaken(Block(cin, cout, 12, resample=resample)), torch.randn(2, cin, 6, 6), torch.randn(2, 12)
-    groups = min(32, cin // 4)
-    y = x.reshape(2, groups, -1)
-    y = ((y - y.mean(2, keepdim=True)) / (y.var(2, unbiased=False, keepdim=True) + 1e-6).sqrt()).reshape(x.shape)
-    y = y * block.norm1.weight[:, None, None] + block.norm1.bias[:, None, None]
-    y = y * torch.sigmoid(y)
-
-    def resized(x):
-        if resample == "down":
-            return (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
-        return x.repeat_interleave(2, -1).repeat_interleave(2, -2) if resample == "up" else x
-    y = F.conv2d(resized(y), block.conv1.weight, block.conv1.bias, padding=1) + (emb @ block.from_emb.weight.T + block.from_emb.bias)[..., None, None]
+    block = shaken(Block(cin, cout, 12, resample=resample))
+    x, emb = torch.randn(2, cin, 6, 6), torch.randn(2, 12)
+    y = x.reshape(2, min(32, cin // 4), -1)
+    y = (y - y.mean(2, keepdim=True)) / (y.var(2, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    y = y.reshape(x.shape) * block.norm1.weight[:, None, None] + block.norm1.bias[:, None, None]
+    y = resized(y * torch.sigmoid(y), resample)
+    y = F.conv2d(y, block.conv1.weight, block.conv1.bias, padding=1)
+    y = y + (emb @ block.from_emb.weight.T + block.from_emb.bias)[..., None, None]
     y = F.group_norm(y, min(32, cout // 4), block.norm2.weight, block.norm2.bias, 1e-6)
     y = F.conv2d(y * torch.sigmoid(y), block.conv2.weight, block.conv2.bias, padding=1)
-    skip = resized(x) if block.skip is None else torch.einsum("bchw,dc->bdhw", resized(x), block.skip.weight[:, :, 0, 0]) + block.skip.bias[:, None, None]
     assert (block.skip is None) == (resample is None and cin == cout)
-    torch.testing.assert_close(block(x, emb), (skip + y) / math.sqrt(2), rtol=1e-4, atol=1e-5)
+    skip = resized(x, resample)
+    skip = skip if block.skip is None else conv_1x1(block.skip, skip)
+    expected = (skip + y) / math.sqrt(2)
+    torch.testing.assert_close(block(x, emb), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_attention_by_hand():
     torch.manual_seed(0)
     attention, x = shaken(Attention(8)), torch.randn(2, 8, 3, 5)
-    y = F.group_norm(x, 2, attention.norm.weight, attention.norm.bias, 1e-6).flatten(2)        # [B, C, H W]
-    q, k, v = (torch.einsum("dc,bcn->bdn", w[:, :, 0, 0], y) + b[:, None] for w, b in zip(attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3)))
-    p = torch.softmax(torch.einsum("bcn,bcm->bnm", q, k) / math.sqrt(8), 2)                     # [B, queries, keys]
-    y = torch.einsum("bnm,bcm->bcn", p, v)
-    y = torch.einsum("dc,bcn->bdn", attention.out.weight[:, :, 0, 0], y) + attention.out.bias[:, None]
-    torch.testing.assert_close(attention(x), (x + y.reshape(x.shape)) / math.sqrt(2), rtol=1e-4, atol=1e-5)
+    y = F.group_norm(x, 2, attention.norm.weight, attention.norm.bias, 1e-6)
+    q, k, v = conv_1x1(attention.qkv, y).flatten(2).chunk(3, 1)                 # [B, C, H W] each
+    p = torch.softmax(torch.einsum("bcn,bcm->bnm", q, k) / math.sqrt(8), 2)     # [B, queries, keys]
+    y = conv_1x1(attention.out, torch.einsum("bnm,bcm->bcn", p, v).reshape(x.shape))
+    expected = (x + y) / math.sqrt(2)
+    torch.testing.assert_close(attention(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_unet_by_hand():
-    """The way through the blocks, each of them checked above: embedding, skips, resampling, the last layers."""
+    """The way through the blocks, which are checked above: embedding, skips, resampling, the last
+    layers."""
     torch.manual_seed(0)
-    unet, x, c_noise, augment = shaken(UNet(3, 6, **SMALL, augment_dim=9)), torch.randn(2, 3, 16, 16), torch.tensor([0.3, -1.]), torch.randn(2, 9)
+    unet = shaken(UNet(3, 6, **SMALL, augment_dim=9, classes=5, ratio=True))
+    x, c_noise = torch.randn(2, 3, 16, 16), torch.tensor([0.3, -1.])
+    augment, label, ratio = torch.randn(2, 9), torch.tensor([4, 1]), torch.tensor([0.7, 3.])
     silu = lambda x: x * torch.sigmoid(x)
     emb = sinusoids(c_noise, 16) + augment @ unet.from_augment.weight.T
+    emb = emb + sinusoids(ratio, 16) @ unet.from_ratio.weight.T
+    emb = emb + math.sqrt(5) * unet.from_label.weight.T[label] + unet.from_label.bias
     for layer in (unet.embed[0], unet.embed[2]):
         emb = silu(emb @ layer.weight.T + layer.bias)
     block = lambda b, *x: b(torch.cat(x, 1), emb)
@@ -81,27 +99,35 @@ def test_unet_by_hand():
     y = block(d[1], block(d[0], y, f), c)
     y = block(d[2], y)                                          # back to 16 x 16
     y = block(d[4], block(d[3], y, b), a)
-    y = F.conv2d(silu(F.group_norm(y, 4, unet.last_norm.weight, unet.last_norm.bias, 1e-6)), unet.last.weight, unet.last.bias, padding=1)
-    torch.testing.assert_close(unet(x, c_noise, augment), y, rtol=1e-4, atol=1e-5)
+    y = silu(F.group_norm(y, 4, unet.last_norm.weight, unet.last_norm.bias, 1e-6))
+    y = F.conv2d(y, unet.last.weight, unet.last.bias, padding=1)
+    ours = unet(x, c_noise, augment, label, ratio)
+    torch.testing.assert_close(ours, y, rtol=1e-4, atol=1e-5)
 
 
 def test_sinusoids():
     s = sinusoids(torch.tensor([0.7, -2.]), 128)
     for k in range(64):
         for i, c in enumerate((0.7, -2.)):
-            assert s[i, k].item() == pytest.approx(math.sin(c * 10000 ** (-k / 63)), abs=1e-6)
-            assert s[i, 64 + k].item() == pytest.approx(math.cos(c * 10000 ** (-k / 63)), abs=1e-6)
+            phase = c * 10000 ** (-k / 63)
+            assert s[i, k].item() == pytest.approx(math.sin(phase), abs=1e-6)
+            assert s[i, 64 + k].item() == pytest.approx(math.cos(phase), abs=1e-6)
 
 
 def test_initialisation_is_edms():
-    unet = UNet(3, 6, augment_dim=9)
-    bound = lambda layer, fan_in, fan_out, gain: math.sqrt(6 / (fan_in + fan_out)) * gain
-    for layer, fan_in, fan_out, gain in ((unet.first, 27, 1152, 1), (unet.last, 2304, 54, 1e-5), (unet.encoder[0].conv2, 2304, 2304, 1e-5),
-                                         (unet.middle[0].attention.qkv, 256, 768, math.sqrt(0.2)), (unet.middle[0].attention.out, 256, 256, 1e-5)):
-        assert layer.weight.abs().max().item() == pytest.approx(bound(layer, fan_in, fan_out, gain), rel=0.02)
+    unet = UNet(3, 6, augment_dim=9, ratio=True)
+    middle = unet.middle[0].attention
+    for layer, fan_in, fan_out, gain in ((unet.first, 27, 1152, 1), (unet.last, 2304, 54, 1e-5),
+                                         (unet.encoder[0].conv2, 2304, 2304, 1e-5),
+                                         (middle.qkv, 256, 768, math.sqrt(0.2)),
+                                         (middle.out, 256, 256, 1e-5)):
+        bound = math.sqrt(6 / (fan_in + fan_out)) * gain
+        assert layer.weight.abs().max().item() == pytest.approx(bound, rel=0.02)
         assert layer.bias.abs().max() == 0
-    for layer in (unet.embed[0], unet.embed[2], unet.encoder[0].from_emb, unet.from_augment):
-        assert layer.weight.abs().max().item() == pytest.approx(math.sqrt(6 / sum(layer.weight.shape)), rel=0.02)
+    for layer in (unet.embed[0], unet.embed[2], unet.encoder[0].from_emb, unet.from_augment,
+                  unet.from_ratio):
+        bound = math.sqrt(6 / sum(layer.weight.shape))
+        assert layer.weight.abs().max().item() == pytest.approx(bound, rel=0.02)
         assert layer.bias is None or layer.bias.abs().max() == 0
     assert all(m.eps == 1e-6 for m in unet.modules() if isinstance(m, torch.nn.GroupNorm))
 
@@ -109,23 +135,10 @@ def test_initialisation_is_edms():
 def test_attention_is_where_edm_has_it():
     with torch.device("meta"):
         unet = UNet(3, 6)
-    assert [b.attention is not None for b in unet.encoder] == [False] * 4 + [False] + [True] * 4 + [False] * 5
-    assert [b.attention is not None for b in unet.middle] == [True, False]
-    assert [b.attention is not None for b in unet.decoder] == [False] * 5 + [False] * 5 + [True] + [False] * 6
-
-
-@pytest.mark.parametrize("channels, h, w", [(1, 16, 16), (3, 8, 12)])
-def test_grey_colour_and_non_square(channels, h, w):
-    net = Denoiser(UNet(channels, 2 * channels, **SMALL), BlurNoisePath(0.5))
-    d, r = net(torch.randn(2, channels, h, w, dtype=torch.float64), torch.tensor([0.1, 3.]))
-    assert d.shape == r.shape == (2, channels, h, w) and d.dtype == r.dtype == torch.float32
-
-
-def test_wrong_sizes_are_named():
-    with pytest.raises(ValueError, match="15 x 16 do not divide by 2"):
-        UNet(3, 6, **SMALL)(torch.zeros(1, 3, 15, 16), torch.zeros(1))
-    with pytest.raises(ValueError, match="need 6 outputs, not 3"):
-        Denoiser(UNet(3, 3, **SMALL), BlurNoisePath(0.5))
+    where = lambda blocks: [b.attention is not None for b in blocks]
+    assert where(unet.encoder) == [False] * 4 + [False] + [True] * 4 + [False] * 5
+    assert where(unet.middle) == [True, False]
+    assert where(unet.decoder) == [False] * 5 + [False] * 5 + [True] + [False] * 6
 
 
 def test_dropout_only_in_training():
@@ -137,15 +150,10 @@ def test_dropout_only_in_training():
 
 
 def test_dropout_comes_before_the_second_convolution():
-    block = shaken(Block(8, 8, 4, dropout=1 - 1e-6)).train()    # which then has nothing but its bias to add
+    block = shaken(Block(8, 8, 4, dropout=1 - 1e-6)).train()    # only its bias is left to add
     x = torch.randn(1, 8, 4, 4)
-    torch.testing.assert_close(block(x, torch.randn(1, 4)), (x + block.conv2.bias[:, None, None]) * math.sqrt(0.5))
-
-
-def test_a_config_builds_what_it_says():
-    config = {"bnr": 2., "sigma_data": 0.3, "unet": dict(in_channels=1, out_channels=2, **SMALL, dropout=0.2)}
-    net = build({**config, "unet": dict(config["unet"])})
-    assert (net.path.bnr, net.sigma_data, net.unet.out_channels, net.unet.encoder[0].dropout) == (2, 0.3, 2, 0.2)
+    expected = (x + block.conv2.bias[:, None, None]) * math.sqrt(0.5)
+    torch.testing.assert_close(block(x, torch.randn(1, 4)), expected)
 
 
 def test_augmentation_labels_reach_the_network_and_zero_means_none():
@@ -156,43 +164,199 @@ def test_augmentation_labels_reach_the_network_and_zero_means_none():
     assert not torch.equal(unet(x, torch.zeros(1), torch.ones(1, 9)), plain)
 
 
-class Constant(torch.nn.Module):
-    """A network whose heads answer 1 and 2, and that remembers what it was asked."""
-    in_channels, out_channels = 3, 6
+def embeddings(unet, *args, **kw):
+    """What the unet adds up before its two layers of the level embedding."""
+    got = []
+    handle = unet.embed.register_forward_pre_hook(lambda module, x: got.append(x[0]))
+    unet(*args, **kw)
+    handle.remove()
+    return got[0]
 
-    def forward(self, x, c_noise, augment=None, label=None):
-        self.asked = x, c_noise
-        return torch.cat([torch.full_like(x, 1.), torch.full_like(x, 2.)], 1)
+
+def test_the_class_is_one_embedding_added_to_the_levels():
+    torch.manual_seed(0)
+    unet, plain = UNet(3, 6, **SMALL, classes=5), UNet(3, 6, **SMALL)
+    torch.nn.init.normal_(unet.from_label.bias)
+    x, c_noise = torch.randn(5, 3, 8, 8), torch.full((5,), 0.3)
+    label = torch.tensor([4, 1, 0, 1, 3])
+    columns = [unet.from_label.weight[:, i] * math.sqrt(5) + unet.from_label.bias for i in label]
+    expected = embeddings(plain, x, c_noise) + torch.stack(columns)
+    torch.testing.assert_close(embeddings(unet, x, c_noise, label=label), expected)
+
+
+# The heads
+
+class Answer(torch.nn.Module):
+    """A unet that answers a fixed image for each output channel, and keeps what it was asked."""
+
+    def __init__(self, out_channels):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.f = torch.randn(out_channels, 8, 8, generator=g)
+
+    def forward(self, x, c_noise, augment=None, label=None, **ratio):
+        self.asked, self.ratio = (x, c_noise, augment, label), ratio
+        return self.f.expand(len(x), -1, -1, -1)
 
 
 @pytest.mark.parametrize("bnr, sd", [(0, 0.5), (0.5, 0.5), (2, 0.5), (2, 0.3)])
 def test_preconditioning_by_hand(bnr, sd):
-    net, x = Denoiser(Constant(), BlurNoisePath(bnr), sd), torch.randn(2, 3, 8, 8)
-    for t in (1.5, torch.tensor([0.02, 40.])):
-        d, r = net(x, t)
+    net, x = Denoiser(Answer(6), sd), torch.randn(2, 3, 8, 8)
+    for t in (1.5, torch.tensor(1.5), torch.tensor([0.02, 40.])):
+        d, r = net(x, bnr * t, t)
         for i, s in enumerate(torch.as_tensor(t).expand(2).tolist()):
-            total = s ** 2 + sd ** 2
-            torch.testing.assert_close(d[i], sd ** 2 / total * x[i] + s * sd / math.sqrt(total))
-            torch.testing.assert_close(r[i], 2 * sd * residual_size(bnr * s, x).float().expand_as(r[i]))
-            torch.testing.assert_close(net.unet.asked[0][i], x[i] / math.sqrt(total))
-            assert net.unet.asked[1][i].item() == pytest.approx(math.log(s) / 4, abs=1e-6)
+            total, f1, f2 = s ** 2 + sd ** 2, net.unet.f[:3], net.unet.f[3:]
+            c_out, r_out = s * sd / math.sqrt(total), residual_std(bnr * s, x, sd)[0, 0].item()
+            torch.testing.assert_close(d[i], sd ** 2 / total * x[i] + c_out * f1)
+            torch.testing.assert_close(r[i], r_out * f2)
+            asked, c_noise, _, _ = net.unet.asked
+            torch.testing.assert_close(asked[i], x[i] / math.sqrt(total))
+            assert c_noise[i].item() == pytest.approx(math.log(s) / 4, abs=1e-6)
     assert (r == 0).all() == (bnr == 0)
 
 
-def test_residual_size_is_the_residuals_std_on_pictures_of_power_1_over_lam():
+def test_r_out_is_the_residuals_std_on_images_of_power_1_over_lam():
     spectrum = power_law(16, 12)
     spectrum[0, 0] = 0
-    g = torch.Generator().manual_seed(0)
-    x0 = idct2(spectrum.sqrt() * torch.randn(4000, 1, 16, 12, dtype=torch.float64, generator=g))
-    for alpha in (0.3, 1., 5.):
-        measured = (x0 - blur(x0, alpha)).std() / x0.std()
-        assert residual_size(alpha, x0).item() == pytest.approx(measured.item(), rel=0.02)
-    assert residual_size(0, x0).item() == 0
-    assert residual_size(torch.tensor([0.3, 1.]), x0[:2]).flatten().tolist() == pytest.approx([residual_size(a, x0).item() for a in (0.3, 1.)])
+    x0 = gaussian_images(4000, 1, spectrum, torch.Generator().manual_seed(0))
+    for sd in (0.5, 2.):
+        for alpha in (0.3, 1., 5.):
+            measured = sd * (x0 - blur(x0, alpha)).std() / x0.std()
+            assert residual_std(alpha, x0, sd).item() == pytest.approx(measured.item(), rel=0.02)
+    assert residual_std(0, x0, 0.5).item() == 0
+    together = residual_std(torch.tensor([0.3, 1.]), x0[:2], 0.5)
+    assert together.shape == (2, 1, 1, 1)
+    alone = [residual_std(a, x0, 0.5).item() for a in (0.3, 1.)]
+    assert together.flatten().tolist() == pytest.approx(alone)
+
+
+@pytest.mark.parametrize("path", [ConstantBNR(0), ConstantBNR(0.5), BlurringPath()])
+def test_the_x0_parameterization_by_hand(path):
+    net, x = X0Denoiser(Answer(3)), torch.randn(2, 3, 8, 8)
+    for s in (0.05, 3.):
+        alpha, sigma = path.levels(s)
+        d, r = net(x, alpha, sigma)
+        total, r_out = s ** 2 + 0.25, residual_std(alpha, x, 0.5).item()
+        scale = math.sqrt(s ** 2 * 0.25 / total + r_out ** 2)
+        x0_hat = 0.25 / total * x + scale * net.unet.f
+        torch.testing.assert_close(d + r, x0_hat)
+        torch.testing.assert_close(d, blur(x0_hat, alpha))
+        torch.testing.assert_close(net.unet.asked[0], x / math.sqrt(total))
+    if path.levels(1.)[0] == 0:
+        assert r.abs().max() < 1e-6                             # EDM itself
+
+
+@pytest.mark.parametrize("path", [ConstantBNR(0.5), BlurringPath()])
+def test_the_noise_parameterization_by_hand(path):
+    net, x = NoiseDenoiser(Answer(6)), torch.randn(2, 3, 8, 8)
+    alpha, sigma = path.levels(torch.tensor([0.05, 3.]))
+    d, r = net(x, alpha, sigma)
+    torch.testing.assert_close(d, x - sigma[:, None, None, None] * net.unet.f[:3])
+    r_out = residual_std(alpha, x, 0.5).float()
+    torch.testing.assert_close(r, r_out * net.unet.f[3:])
+
+
+@pytest.mark.parametrize("kind", [Denoiser, X0Denoiser])
+def test_a_cold_networks_blurry_image_is_what_it_got(kind):
+    net, x, t = kind(Answer(3 * kind.heads)), torch.randn(2, 3, 8, 8), torch.tensor([0.3, 4.])
+    d, r = net(x, *ColdPath().levels(t))
+    assert torch.equal(d, x)
+    torch.testing.assert_close(r, residual_std(t, x, 0.5).float() * net.unet.f[-3:])
+    c_noise = net.unet.asked[1].tolist()
+    assert c_noise == pytest.approx([math.log(0.3) / 4, math.log(4.) / 4])
+
+
+@pytest.mark.parametrize("channels, h, w", [(1, 16, 16), (3, 8, 12), (4, 16, 8)])
+def test_any_channels_and_images_that_are_not_square(channels, h, w):
+    net = Denoiser(UNet(channels, 2 * channels, **SMALL))
+    sigma = torch.tensor([0.1, 3.])
+    d, r = net(torch.randn(2, channels, h, w, dtype=torch.float64), 0.5 * sigma, sigma)
+    assert d.shape == r.shape == (2, channels, h, w) and d.dtype == r.dtype == torch.float32
+
+
+def test_augmentation_and_class_are_passed_on():
+    net, augment, label = Denoiser(Answer(6)), torch.ones(2, 9), torch.tensor([1, 0])
+    net(torch.zeros(2, 3, 8, 8), 0.5, 1., augment, label)
+    assert net.unet.asked[2] is augment and net.unet.asked[3] is label and not net.unet.ratio
+
+
+def test_wrong_sizes_are_named():
+    with pytest.raises(ValueError, match="15 x 16 do not divide by 2"):
+        UNet(3, 6, **SMALL)(torch.zeros(1, 3, 15, 16), torch.zeros(1))
+    for kind, given, words in ((Denoiser, 3, "2 heads on 3 channels need 6 .* not 3"),
+                               (X0Denoiser, 6, "1 heads on 3 channels need 3 .* not 6")):
+        with pytest.raises(ValueError, match=words):
+            kind(UNet(3, given, **SMALL))(torch.zeros(1, 3, 16, 16), 0.5, 1.)
 
 
 def test_bf16_autocast_leaves_the_preconditioning_alone():
-    net, x = Denoiser(Constant(), BlurNoisePath(0.5)), torch.randn(2, 3, 8, 8)
-    plain = net(x, 3.)
+    net, x = Denoiser(Answer(6)), torch.randn(2, 3, 8, 8)
+    plain = net(x, 1.5, 3.)
     with torch.autocast("cpu", torch.bfloat16):
-        assert all(torch.equal(a, b) for a, b in zip(net(x, 3.), plain))
+        assert all(torch.equal(a, b) for a, b in zip(net(x, 1.5, 3.), plain))
+
+
+# One network for every ratio
+
+def test_a_network_for_every_ratio_is_told_it():
+    """4 b with b = r / (1 + r), r = alpha / sigma: 0 without blur, 4 without noise."""
+    unet = Answer(6)
+    unet.from_ratio = torch.nn.Identity()
+    net, x = Denoiser(unet), torch.randn(3, 3, 8, 8)
+    for alpha, sigma in ((0.6, 2.), (torch.tensor(0.6), 2.),
+                         (torch.tensor([0., 0.6, 5.]), torch.tensor([1., 2., 0.]))):
+        net(x, alpha, sigma)
+        pairs = zip(*(torch.as_tensor(v).expand(3).tolist() for v in (alpha, sigma)))
+        expected = [4 * (a / s) / (1 + a / s) if s else 4. for a, s in pairs]
+        assert unet.ratio["ratio"].tolist() == pytest.approx(expected)
+
+
+def test_at_bnr_0_a_network_for_every_ratio_is_edm_plus_one_constant_embedding():
+    """Its answer is that of the same network without a ratio, to whose embedding one vector is
+    added, whatever the level: from_ratio of the sinusoids of 0."""
+    torch.manual_seed(0)
+    unet = shaken(UNet(3, 6, **SMALL, ratio=True))
+    plain = UNet(3, 6, **SMALL).eval()
+    left = plain.load_state_dict(unet.state_dict(), strict=False)
+    assert (left.missing_keys, left.unexpected_keys) == ([], ["from_ratio.weight"])
+    sines, cosines = torch.zeros(8), torch.ones(8)
+    constant = unet.from_ratio.weight @ torch.cat([sines, cosines])
+    x, sigma = torch.randn(4, 3, 16, 16), torch.tensor([0.01, 0.3, 2., 60.])
+    without = Denoiser(plain)(x, 0 * sigma, sigma)[0]
+    plain.embed.register_forward_pre_hook(lambda module, args: (args[0] + constant,))
+    edm, nothing = Denoiser(plain)(x, 0 * sigma, sigma)
+    d, r = Denoiser(unet)(x, 0 * sigma, sigma)
+    torch.testing.assert_close(d, edm)
+    assert not r.any() and not nothing.any()
+    assert ((without - edm).abs().amax((1, 2, 3)) > 1e-3).all()                 # it is not nothing
+    blurred = Denoiser(unet)(x, 0.5 * sigma, sigma)[0]
+    assert ((blurred - edm).abs().amax((1, 2, 3)) > 1e-3).all()
+
+
+# From a config
+
+CONFIG = {"bnr": 2., "sigma_data": 0.3,
+          "unet": dict(in_channels=1, out_channels=2, **SMALL, dropout=0.2)}
+
+
+def test_a_config_builds_what_it_says():
+    net = build(CONFIG)
+    assert type(net) is Denoiser and net.sigma_data == 0.3 and net.classes == 0
+    assert (net.unet.out_channels, net.unet.encoder[0].dropout) == (2, 0.2)
+    assert not net.told_ratio
+    more = {"ratio": True, "classes": 3, "out_channels": 1}
+    net = build({**CONFIG, "param": "x0", "unet": {**CONFIG["unet"], **more}})
+    assert type(net) is X0Denoiser and net.told_ratio and net.classes == 3
+    assert type(build({**CONFIG, "param": "noise"})) is NoiseDenoiser
+
+
+def test_a_config_that_makes_no_sense_is_refused():
+    unet = CONFIG["unet"]
+    for config, error, words in (({**CONFIG, "sigma_data": 0}, ValueError, "sigma_data"),
+                                 ({**CONFIG, "param": "score"}, KeyError, "score"),
+                                 ({**CONFIG, "param": "x0"}, ValueError, "1 times in_channels"),
+                                 ({**CONFIG, "blind": True}, ValueError, "blind"),
+                                 ({**CONFIG, "unet": {**unet, "blocks": 2.}}, ValueError, "blocks"),
+                                 ({**CONFIG, "unet": {**unet, "mult": (99,)}}, ValueError, "mult")):
+        with pytest.raises(error, match=words):
+            build(config)

@@ -1,59 +1,101 @@
 import math
+from argparse import Namespace
 
 import pytest
 import torch
 
-from degrade import BlurNoisePath, blur, dct2, degrade, frequencies, idct2
-from exact import as_model, gaussian_heads, gaussian_pictures, m_of, points_heads, power_law
-from sample import climb, generate, integral, sample, seed_noise, solve, time_steps
+import sample as sample_script
+from degrade import (BlurringPath, ColdPath, ConstantBNR, blur, dct2, degrade, frequencies, idct2)
+from exact import gaussian_heads, gaussian_images, m_of, points_heads, power_law
+from loss import disentangled_loss
+from model import Denoiser, UNet
+from sample import (churn_step, generate, integral, plain_image, sample, seed_noise,
+                    slope_correction, solve, time_steps)
 
 H = W = 32
 SPECTRUM = power_law(H, W)
+SOLVERS = ["euler", "heun", "multistep"]
+ORDERS = [("euler", 1), ("heun", 2), ("multistep", 2)]         # with exact heads
+COLOUR = {"mean": [0.2, -0.1, 0.4], "cov": [[0.3, 0.1, 0.], [0.1, 0.2, 0.05], [0., 0.05, 0.1]]}
 
 
-def gains(solver, steps, bnr, to_zero=False, spectrum=SPECTRUM):
-    """What the sampler with exact heads multiplies each frequency by, from its start of variance t_max^2: [H, W].
+def normals(*shape, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=g)
 
-    The heads are diagonal and linear, so one picture with a 1 in every frequency shows all of them.
+
+def drawn(*args, **kw):
+    return torch.cat(list(generate(*args, **kw)))
+
+
+# Gaussian data, whose flow is known
+
+def gains(solver, times, path, spectrum=SPECTRUM):
+    """What the sampler with exact heads multiplies each frequency by: [H, W].
+
+    The heads are diagonal and linear, so one image with a 1 in every frequency shows all of them.
     """
-    path, times = BlurNoisePath(bnr), time_steps(steps)
     x = idct2(torch.ones(1, 1, *spectrum.shape, dtype=torch.float64))
-    return dct2(solve(gaussian_heads(spectrum, path), path, x, times if to_zero else times[:-1], solver))[0, 0]
+    return dct2(solve(gaussian_heads(spectrum), path, x, times, solver))[0, 0]
 
 
-def exact_gains(bnr):
-    variance = lambda t: m_of(bnr * t, H, W)[0, 0] ** 2 * SPECTRUM + t ** 2
-    return (variance(0.002) / variance(80.)).sqrt()
+def orders(solver, path, spectrum, steps):
+    """The orders at which the error at t_min falls between these numbers of steps."""
+    def variance(t):
+        alpha, sigma = path.levels(t)
+        return m_of(alpha, *spectrum.shape)[0, 0] ** 2 * spectrum + sigma ** 2
+    exact = (variance(0.002) / variance(80.)).sqrt()
+    error = [(gains(solver, time_steps(n)[:-1], path, spectrum) - exact).norm() for n in steps]
+    return [math.log2(coarse / fine) for coarse, fine in zip(error, error[1:])]
 
 
 @pytest.mark.parametrize("bnr", [0, 0.5, 2])
-@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("multistep", 2)])
+@pytest.mark.parametrize("solver, order", ORDERS)
 def test_order_of_convergence(solver, order, bnr):
-    error = [((gains(solver, n, bnr) - exact_gains(bnr)) * 80).square().sum().sqrt() for n in (72, 144, 288)]
-    for coarse, fine in zip(error, error[1:]):
-        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+    found = orders(solver, ConstantBNR(bnr), SPECTRUM, (72, 144, 288))
+    assert found == pytest.approx([order] * 2, abs=0.15)
 
 
-def frechet(solver, steps, bnr):
-    return (80 * gains(solver, steps, bnr, to_zero=True).abs() - SPECTRUM.sqrt()).square().sum().item()
+@pytest.mark.parametrize("solver, order", ORDERS)
+def test_order_of_convergence_on_the_blurring_path(solver, order):
+    """Multistep comes to its order late on this path."""
+    found = orders(solver, BlurringPath(), power_law(8, 8), (288, 576, 1152))
+    assert found == pytest.approx([order] * 2, abs=0.15)
+
+
+def frechet(solver, steps, path):
+    return (80 * gains(solver, time_steps(steps), path).abs() - SPECTRUM.sqrt()).square().sum()
 
 
 def test_multistep_beats_heun_at_equal_evaluations():
-    assert frechet("multistep", 35, 0.5) <= frechet("heun", 18, 0.5) / 4
+    path = ConstantBNR(0.5)
+    assert frechet("multistep", 35, path) <= frechet("heun", 18, path) / 4
 
 
 def test_eulers_error_grows_with_bnr():
-    distances = [frechet("euler", 36, bnr) for bnr in (0, 0.5, 2)]
+    distances = [frechet("euler", 36, ConstantBNR(bnr)) for bnr in (0, 0.5, 2)]
     assert distances == sorted(distances)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
-def test_samples_have_the_datas_variance(solver):
-    assert frechet(solver, 200, 0.5) < 1e-3 * SPECTRUM.sum()
+def test_the_blurring_path_needs_more_steps():
+    """Table 4 and Figure 5 in miniature: what Heun's steps alone leave, with exact heads."""
+    for steps in (18, 36):
+        hot, warm, far, blurring = (
+            frechet("heun", steps, path)
+            for path in (ConstantBNR(0), ConstantBNR(0.5), ConstantBNR(10), BlurringPath()))
+        assert min(blurring, far) > 5 * warm > 5 * hot
 
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_samples_have_the_datas_variance(solver):
+    assert frechet(solver, 200, ConstantBNR(0.5)) < 1e-3 * SPECTRUM.sum()
+
+
+# Steps
 
 def edm_algorithm_2(denoise, latents, steps, churn, noises):
-    """Algorithm 2 of Karras et al. (2206.00364), written from the paper; at S_noise = 1 and with no bound on the churned levels."""
+    """Algorithm 2 of Karras et al. (2206.00364), written from the paper; at S_noise = 1 and with no
+    bound on the churned levels."""
     i = torch.arange(steps, dtype=torch.float64)
     t = (80 ** (1 / 7) + i / (steps - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
     t = t.tolist() + [0.]
@@ -72,114 +114,220 @@ def edm_algorithm_2(denoise, latents, steps, churn, noises):
 
 @pytest.mark.parametrize("churn", [0, 5, 40])
 def test_bnr_0_with_heun_is_edms_algorithm_2(churn):
-    latents = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    noises = torch.randn(18, 2, 3, 8, 8, dtype=torch.float64)
-    denoise = lambda x, t: torch.tanh(x / (1 + t)) + 0.1 * x.flip(-1) / (1 + t)                 # any denoiser, linear or not
+    latents, noises = normals(2, 3, 8, 8), normals(18, 2, 3, 8, 8, seed=1)
+
+    def denoise(x, t):                                          # any denoiser, linear or not
+        return torch.tanh(x / (1 + t)) + 0.1 * x.flip(-1) / (1 + t)
+
+    def net(x, alpha, sigma):
+        assert alpha == 0
+        return denoise(x, sigma), torch.zeros_like(x)
     edm = edm_algorithm_2(denoise, latents, 18, churn, iter(noises))
     draws = iter(noises)
-    ours = sample(lambda x, t: (denoise(x, t), torch.zeros_like(x)), BlurNoisePath(0), latents, churn=churn, noise=lambda: next(draws))
+    ours = sample(net, ConstantBNR(0), latents, churn=churn, noise=lambda: next(draws))
     assert ours.dtype == torch.float64
     torch.testing.assert_close(ours, edm, rtol=0, atol=1e-10)
 
 
 def test_without_noise_a_step_is_cold_diffusions_algorithm_2():
-    x, path = torch.randn(2, 3, 8, 12, dtype=torch.float64), BlurNoisePath(math.inf)
+    x = normals(2, 3, 8, 12)
     restore = lambda x, t: torch.tanh(x) * (1 + t)
-    net = lambda x, t: (x, restore(x, t) - x)                   # D = x, as sigma = 0 has it
+    net = lambda x, alpha, sigma: (x, restore(x, alpha) - x)    # D = x, as there is no noise
     times = torch.tensor([6., 3., 1., 0.], dtype=torch.float64)
-    ours, cold = solve(net, path, x, times, "euler"), x
+    ours, cold = solve(net, ColdPath(), x, times, "euler"), x
     for t, s in zip(times[:-1], times[1:]):
         estimate = restore(cold, t)
         cold = cold - blur(estimate, t) + blur(estimate, s)
     torch.testing.assert_close(ours, cold, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_a_step_of_no_length_returns_the_state_whatever_the_heads_answer(solver):
-    x = torch.randn(1, 1, 8, 8, dtype=torch.float64)
-    net = lambda x, t: (x.sin(), x.cos())
-    assert torch.equal(solve(net, BlurNoisePath(0.5), x, torch.tensor([2., 2.]), solver), x)
+    x, path = normals(1, 1, 8, 8), ConstantBNR(0.5)
+    net = lambda x, alpha, sigma: (x.sin(), x.cos())
+    assert torch.equal(solve(net, path, x, torch.tensor([2., 2.]), solver), x)
+    once, then_none = (solve(net, path, x, torch.tensor(t), solver)
+                       for t in ([3., 2.], [3., 2., 2.]))
+    assert torch.equal(once, then_none)
+
+
+# Multistep
+
+@pytest.mark.parametrize("bnr", [0.5, 2])
+def test_the_integral_of_multistep_is_the_closed_form(bnr):
+    x, c = torch.zeros(1, 1, 8, 16), frequencies(8, 16) * bnr ** 2 / 2
+
+    def primitive(q):
+        root = torch.sqrt(math.pi * c) * torch.erf(c.sqrt() * q)
+        return -torch.exp(-c * q ** 2) / q - root
+    t = time_steps(6).tolist()
+    for a, b in zip(t[:-2], t[1:-1]):
+        closed = primitive(a) - primitive(b)
+        j = integral(a, b, ConstantBNR(bnr), x)
+        torch.testing.assert_close(j, closed, rtol=1e-6, atol=1e-9 / b)
+
+
+def test_multisteps_integral_on_the_blurring_path():
+    x, a, b = torch.zeros(1, 1, 8, 16), 3., 0.5
+    q = torch.logspace(math.log10(a), math.log10(b), 20001, dtype=torch.float64)
+    alpha = 20 * q ** 2 / (1 + q ** 2)
+    values = torch.exp(-frequencies(8, 16) * alpha[:, None, None] ** 2 / 2) / q[:, None, None]
+    expected = -torch.trapezoid(values, q.log(), dim=0)
+    torch.testing.assert_close(integral(a, b, BlurringPath(), x), expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("bnr", [0, 0.5, 2])
-def test_churn_leaves_the_marginals_exact(bnr):
-    """From x at t, known x0, (4) gives mean M_that x0 and variance sigma_that^2 in every frequency: those of (1) at t_hat."""
-    path, t, t_hat, n = BlurNoisePath(bnr), 0.7, 0.9, 20_000
-    g = torch.Generator().manual_seed(0)
-    x0 = torch.randn(1, 1, 6, 4, dtype=torch.float64, generator=g)
-    noise, fresh = torch.randn(2, n, 1, 6, 4, dtype=torch.float64, generator=g)
-    x = degrade(x0.expand(n, -1, -1, -1), t, path, noise)[0]
-    u = dct2(climb(x, t, t_hat, path, fresh))
-    m = torch.exp(-frequencies(6, 4) * (bnr * t_hat) ** 2 / 2)
-    assert ((u.mean(0) - m * dct2(x0[0])) / (t_hat / math.sqrt(n))).abs().max() < 4.5
+def test_multistep_is_exact_where_the_estimate_is_linear_and_the_heads_differ_by_a_constant(bnr):
+    """dy = x0_hat d(M / sigma) + e d(1 / sigma), y = x / sigma, with x0_hat = a + k l and e
+    constant, integrated finely by a rule of its own. The first step takes x0_hat as constant."""
+    a, k, e = normals(3, 1, 1, 8, 8)
+    m = lambda q: torch.exp(-frequencies(8, 8) * (bnr * q) ** 2 / 2)
+
+    def net(x, alpha, sigma):
+        x0_hat = a - k * sigma.log()
+        d = idct2(m(sigma) * dct2(x0_hat) + e)
+        return d, x0_hat - d
+    x = normals(1, 1, 8, 8, seed=1)
+    times = torch.tensor([5., 3., 1.5], dtype=torch.float64)
+    ours = dct2(solve(net, ConstantBNR(bnr), x, times, "multistep"))
+    estimate = lambda q: dct2(a - k * math.log(q))
+    first = dct2(x) / 5 + estimate(5.) * (m(3.) / 3 - m(5.) / 5) + e * (1 / 3 - 1 / 5)
+    q = torch.logspace(math.log10(3), math.log10(1.5), 4001, dtype=torch.float64)
+    y = torch.stack([m(v) / v for v in q.tolist()])
+    middle = torch.stack([estimate(v)[0, 0] for v in (q[1:] * q[:-1]).sqrt().tolist()])
+    second = first + (middle * y.diff(dim=0)).sum(0) + e * (1 / 1.5 - 1 / 3)
+    torch.testing.assert_close(ours, 1.5 * second, rtol=1e-6, atol=1e-6)
+
+
+def heads_that_disagree(spectrum):
+    """Exact heads, each with an error of its own: D is not the blurred D + R, as with trained
+    heads. The errors are smooth in x and in the level."""
+    exact = gaussian_heads(spectrum)
+
+    def net(x, alpha, sigma):
+        d, r = exact(x, alpha, sigma)
+        return d + 0.3 * sigma * torch.sin(x.flip(-1)), r + 0.2 * torch.cos(x.flip(-2))
+    return net
+
+
+def runge_kutta(net, path, x, t, s, n):
+    """The flow (2) from t to s in n steps of the classical fourth order, in ln sigma."""
+    small = 1e-5
+
+    def slope(l, x):
+        alpha, sigma = path.levels(l.exp())
+        above, below = (m_of(path.levels((l + d).exp())[0], *x.shape[-2:]) for d in (small, -small))
+        d, r = net(x, alpha, sigma)
+        return idct2((above - below) / (2 * small) * dct2(d + r)) + x - d
+    levels = torch.linspace(math.log(t), math.log(s), n + 1, dtype=torch.float64)
+    for l, h in zip(levels, levels.diff()):
+        k1 = slope(l, x)
+        k2 = slope(l + h / 2, x + h / 2 * k1)
+        k3 = slope(l + h / 2, x + h / 2 * k2)
+        k4 = slope(l + h, x + h * k3)
+        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return x
+
+
+def multistep_without_e(net, path, x, times):
+    """A plausible but wrong multistep: dy = x0_hat d(M / sigma), y = x / sigma, without the term in
+    e = D - V M V^T x0_hat. With exact heads e = 0, and it is the same as ours."""
+    before, shape = None, x.shape[-2:]
+    for t, s in zip(times[:-1].tolist(), times[1:].tolist()):
+        alpha, sigma = path.levels(torch.tensor(t, dtype=torch.float64))
+        x0_hat, shrink = sum(net(x, alpha, sigma)), s / t       # sigma is t on these paths
+        change = m_of(path.levels(s)[0], *shape) - shrink * m_of(alpha, *shape)
+        x = shrink * x + idct2(change * dct2(x0_hat))
+        if before is not None:
+            x = x + slope_correction(x0_hat, t, *before, s, path)
+        before = x0_hat, t
+    return x
+
+
+@pytest.mark.parametrize("path", [ConstantBNR(0), ConstantBNR(0.5), ConstantBNR(2), BlurringPath()])
+def test_samplers_agree_on_heads_that_disagree(path):
+    """With more steps every sampler comes to the flow's end: Heun at order 2, the others at order
+    1, since multistep takes e as constant over a step. The form without e does not come there,
+    which exact heads cannot show."""
+    spectrum, x = power_law(8, 8), 5 * normals(2, 1, 8, 8)
+    net, steps = heads_that_disagree(spectrum), (50, 100, 200)
+    times = [time_steps(n, 0.05, 5.)[:-1] for n in steps]
+    end = runge_kutta(net, path, x, 5., 0.05, 100)
+    error = lambda y: ((y - end).norm() / end.norm()).item()
+    for solver, order, last in zip(SOLVERS, (1, 2, 1), (0.03, 0.0005, 0.01)):
+        errors = [error(solve(net, path, x, t, solver)) for t in times]
+        assert errors[-1] < last, solver
+        for coarse, fine in zip(errors, errors[1:]):
+            assert math.log2(coarse / fine) > order - 0.1, solver
+    errors = [error(multistep_without_e(net, path, x, t)) for t in times]
+    assert min(errors) > 0.5 and errors[-1] == pytest.approx(errors[0], rel=0.01)
+
+    exact = gaussian_heads(spectrum)
+    ours, other = (f(exact, path, x, times[0]) for f in (
+        lambda *a: solve(*a, "multistep"), multistep_without_e))
+    torch.testing.assert_close(ours, other, rtol=0, atol=1e-10)
+
+
+def test_multisteps_last_step_is_the_estimate_itself():
+    x, seen = normals(1, 1, 4, 4), []
+    net = lambda x, alpha, sigma: (x.sin().float(), x.cos().float())
+    ours = solve(net, ConstantBNR(0.5), x, torch.tensor([3., 1., 0.]), "multistep",
+                 watch=lambda t, x, d, r: seen.append((d, r)))
+    assert ours.dtype == seen[-1][0].dtype == torch.float64     # whatever the network answers in
+    assert torch.equal(ours, sum(seen[-1]))
+
+
+# Churn
+
+@pytest.mark.parametrize("path", [ConstantBNR(0), ConstantBNR(0.5), ConstantBNR(2), BlurringPath()])
+def test_churn_leaves_the_marginals_exact(path):
+    """From x at t, known x0, (4) gives mean M_that x0 and variance sigma_that^2 in every frequency:
+    those of (1) at t_hat."""
+    t, t_hat, n = 0.7, 0.9, 20_000
+    x0, noise, fresh = normals(1, 1, 6, 4), normals(n, 1, 6, 4, seed=1), normals(n, 1, 6, 4, seed=2)
+    x, _ = degrade(x0.expand(n, -1, -1, -1), *path.levels(t), noise)
+    u = dct2(churn_step(x, t, t_hat, path, fresh))
+    mean = m_of(path.levels(t_hat)[0], 6, 4)[0] * dct2(x0[0])
+    assert ((u.mean(0) - mean) / (t_hat / math.sqrt(n))).abs().max() < 4.5
     assert (u.var(0) / t_hat ** 2 - 1).abs().max() < 4.5 * math.sqrt(2 / n)
 
 
 def test_churn_climbs_where_both_attenuations_underflow():
     x = torch.ones(1, 1, 64, 64, dtype=torch.float64)
-    assert climb(x, 70., 80., BlurNoisePath(10), torch.ones_like(x)).isfinite().all()
+    assert churn_step(x, 70., 80., ConstantBNR(10), torch.ones_like(x)).isfinite().all()
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
-def test_churn_samples_the_gaussian(solver):
-    spectrum, path, n = power_law(6, 6), BlurNoisePath(0.5), 4000
-    g = torch.Generator().manual_seed(0)
-    draw = lambda: torch.randn(n, 1, 6, 6, dtype=torch.float64, generator=g)
-    x = sample(gaussian_heads(spectrum, path), path, draw(), steps=200, solver=solver, churn=40, noise=draw)
-    assert (dct2(x).var(0) / spectrum - 1).abs().max() < (0.15 if solver == "heun" else 0.25)  # 5 standard errors are 0.11; Euler's own is the rest
+@pytest.mark.parametrize("solver, tolerance", [("heun", 0.15), ("euler", 0.25)])
+def test_churn_samples_the_gaussian(solver, tolerance):
+    """5 standard errors are 0.11; Euler's own error is the rest."""
+    spectrum, g = power_law(6, 6), torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(4000, 1, 6, 6, dtype=torch.float64, generator=g)
+    x = sample(gaussian_heads(spectrum), ConstantBNR(0.5), draw(), steps=60, solver=solver,
+               churn=12, noise=draw)
+    assert (dct2(x).var(0) / spectrum - 1).abs().max() < tolerance
 
 
 def test_churn_keeps_to_its_levels():
-    drawn = []
+    drawn, x = [], torch.zeros(1, 1, 4, 4)
+
     def noise():
         drawn.append(1)
-        return torch.zeros(1, 1, 4, 4)
-    net = lambda x, t: (x * 0, x * 0)
-    sample(net, BlurNoisePath(0.5), torch.zeros(1, 1, 4, 4), steps=18, churn=40, s_min=0.05, s_max=50, noise=noise)
+        return x
+    net = lambda x, alpha, sigma: (x * 0, x * 0)
+    sample(net, ConstantBNR(0.5), x, steps=18, churn=40, s_min=0.05, s_max=50, noise=noise)
     assert len(drawn) == sum(0.05 <= t <= 50 for t in time_steps(18))
 
 
-@pytest.mark.parametrize("bnr", [0.5, 2])
-def test_the_integral_of_multistep_is_the_closed_form(bnr):
-    x = torch.zeros(1, 1, 8, 16, dtype=torch.float64)
-    c = frequencies(8, 16) * bnr ** 2 / 2
-    primitive = lambda q: -torch.exp(-c * q ** 2) / q - torch.sqrt(math.pi * c) * torch.erf(c.sqrt() * q)
-    t = time_steps(6).tolist()
-    for a, b in zip(t[:-2], t[1:-1]):
-        torch.testing.assert_close(integral(a, b, BlurNoisePath(bnr), x), primitive(a) - primitive(b), rtol=1e-6, atol=1e-9 / b)
+# Whole samplings
 
-
-def test_multistep_is_exact_where_the_estimate_is_linear():
-    """dy = x0_hat d(M / sigma) with x0_hat = a + k l, integrated finely by a rule of its own."""
-    path, x = BlurNoisePath(0.5), torch.randn(1, 1, 8, 8, dtype=torch.float64)
-    a, k = torch.randn(2, 1, 1, 8, 8, dtype=torch.float64)
-    net = lambda x, t: (a - k * math.log(t), torch.zeros_like(x))
-    times = torch.tensor([5., 3., 1.5], dtype=torch.float64)
-    ours = solve(net, path, x, times, "multistep")
-    m = lambda q: torch.exp(-frequencies(8, 8) * (0.5 * q) ** 2 / 2)
-    first = 3 / 5 * dct2(x) + (m(3.) - 3 / 5 * m(5.)) * dct2(net(x, 5.)[0])
-    q = torch.logspace(math.log10(3), math.log10(1.5), 4001, dtype=torch.float64)
-    y = torch.stack([m(v) / v for v in q.tolist()])
-    estimate = torch.stack([dct2(net(x, v)[0])[0, 0] for v in ((q[1:] * q[:-1]).sqrt()).tolist()])
-    torch.testing.assert_close(dct2(ours), first / 3 * 1.5 + 1.5 * (estimate * y.diff(dim=0)).sum(0), rtol=1e-6, atol=1e-6)
-
-
-def test_multisteps_last_step_is_the_estimate_itself():
-    x, last = torch.randn(1, 1, 4, 4, dtype=torch.float64), []
-    net = lambda x, t: (x.sin().float(), x.cos().float())
-    ours = solve(net, BlurNoisePath(0.5), x, torch.tensor([3., 1., 0.]), "multistep", watch=lambda t, x, d, r: last.append((d, r)))
-    assert ours.dtype == last[-1][0].dtype == torch.float64     # whatever type the network answers in
-    assert torch.equal(ours, sum(last[-1]))
-
-
-@pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
-@pytest.mark.parametrize("bnr", [0, 0.5, 2])
-def test_a_finite_data_set_comes_back(solver, bnr):
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("path, steps", [
+    (ConstantBNR(0), 40), (ConstantBNR(0.5), 40), (ConstantBNR(2), 40), (BlurringPath(), 200)])
+def test_a_finite_data_set_comes_back(solver, path, steps):
     g = torch.Generator().manual_seed(0)
     points = torch.rand(4, 3, 8, 8, dtype=torch.float64, generator=g) * 2 - 1
-    path = BlurNoisePath(bnr)
     latents = torch.randn(16, 3, 8, 8, dtype=torch.float64, generator=g)
-    x = sample(points_heads(points, path), path, latents, steps=40, solver=solver)
+    x = sample(points_heads(points), path, latents, steps, solver=solver)
     distance, nearest = (x[:, None] - points[None]).abs().amax((2, 3, 4)).min(1)
     assert distance.max() < 1e-3 and len(set(nearest.tolist())) > 1
 
@@ -187,31 +335,55 @@ def test_a_finite_data_set_comes_back(solver, bnr):
 def test_time_steps_are_edms():
     t = time_steps(18)
     assert t.dtype == torch.float64 and len(t) == 19 and t[-1] == 0
-    assert t[0].item() == pytest.approx(80, rel=1e-12) and t[17].item() == pytest.approx(0.002, rel=1e-12)
-    assert t[5].item() == pytest.approx((80 ** (1 / 7) + 5 / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7, rel=1e-12)
+    expected = (80 ** (1 / 7) + 5 / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    assert t[[0, 5, 17]].tolist() == pytest.approx([80, expected, 0.002], rel=1e-12)
     assert time_steps(1).tolist() == pytest.approx([80, 0])
 
 
-def test_network_evaluations():
-    for solver, nfe in (("euler", 18), ("heun", 35), ("multistep", 18)):
-        asked = []
-        def net(x, t):
-            asked.append(float(t))
-            assert x.dtype == torch.float64
-            return x * 0, x * 0
-        sample(net, BlurNoisePath(0.5), torch.zeros(1, 1, 4, 4), solver=solver)
-        assert len(asked) == nfe and min(asked) > 0
+@pytest.mark.parametrize("solver, nfe", [("euler", 18), ("heun", 35), ("multistep", 18)])
+def test_network_evaluations(solver, nfe):
+    asked = []
+
+    def net(x, alpha, sigma):
+        asked.append(sigma.item())
+        assert x.dtype == alpha.dtype == sigma.dtype == torch.float64
+        return x * 0, x * 0
+    sample(net, ConstantBNR(0.5), torch.zeros(1, 1, 4, 4), solver=solver)
+    assert len(asked) == nfe and min(asked) > 0
+
+
+@pytest.mark.parametrize("path, local_ratio", [
+    (ConstantBNR(0), lambda sigma: 0 * sigma), (ConstantBNR(0.3), lambda sigma: 0.3 + 0 * sigma),
+    (BlurringPath(), lambda sigma: 20 * sigma / (1 + sigma ** 2))])
+@pytest.mark.parametrize("churn", [0, 3])
+def test_a_network_for_every_ratio_is_told_the_levels_that_training_told_it(path, local_ratio,
+                                                                            churn):
+    """c_noise = ln(sigma) / 4 and 4 b = 4 r / (1 + r), r = alpha / sigma, at every evaluation. For
+    training, tests/test_train.py reads the same two from a run."""
+    torch.manual_seed(0)
+    net, told = Denoiser(UNet(3, 6, channels=8, mult=(1,), blocks=0, attention=(), ratio=True)), []
+    net.unet.register_forward_pre_hook(
+        lambda unet, args, kw: told.append((args[1], kw["ratio"])), with_kwargs=True)
+    drawn(net.eval(), path, (3, 8, 8), range(2), "cpu", steps=4, churn=churn)
+    t = time_steps(4)[:-1]
+    t_hat = t * (1 + min(churn / 4, math.sqrt(2) - 1))
+    sigma = torch.stack([t_hat, t.roll(-1)], 1).flatten()[:-1]  # Heun: t_hat and s of each step
+    c_noise, ratio = (torch.stack(values).double() for values in zip(*told))
+    r = local_ratio(sigma)
+    for ours, expected in ((c_noise, sigma.log() / 4), (ratio, 4 * r / (1 + r))):
+        torch.testing.assert_close(ours, expected[:, None].expand(7, 2), rtol=1e-6, atol=1e-7)
 
 
 def test_what_makes_no_sense_is_refused():
-    x, net = torch.zeros(1, 1, 4, 4), lambda x, t: (x, x)
-    for kw, words in ((dict(solver="rk4"), "euler, heun or multistep"), (dict(solver="multistep", churn=1.), "no churn")):
-        with pytest.raises(ValueError, match=words):
-            sample(net, BlurNoisePath(0.5), x, **kw)
+    x, net, path = torch.zeros(1, 1, 4, 4), lambda x, *a: (x, x), ConstantBNR(0.5)
+    with pytest.raises(ValueError, match="euler, heun or multistep, not rk4"):
+        sample(net, path, x, solver="rk4")
+    with pytest.raises(ValueError, match="no churn"):
+        sample(net, path, x, solver="multistep", churn=1.)
     with pytest.raises(ValueError, match="path with noise"):
-        solve(net, BlurNoisePath(math.inf), x, time_steps(4), "multistep")
-    with pytest.raises(ValueError, match="give colour"):
-        sample(net, BlurNoisePath(math.inf), x)
+        solve(net, ColdPath(), x, time_steps(4), "multistep")
+    with pytest.raises(ValueError, match="give its colour"):
+        sample(net, ColdPath(), x)
 
 
 def test_a_seeds_noise_does_not_see_its_batch():
@@ -220,17 +392,95 @@ def test_a_seeds_noise_does_not_see_its_batch():
         assert torch.equal(alone()[0], batch()[7])
 
 
-def test_a_seeds_picture_does_not_see_its_batch():
-    spectrum = power_law(8, 8)
-    net = as_model(gaussian_heads(spectrum, BlurNoisePath(0.5)), BlurNoisePath(0.5))
-    draw = lambda seeds, batch: torch.cat(list(generate(net, (3, 8, 8), seeds, "cpu", batch, churn=10)))
-    torch.testing.assert_close(draw([7], 1)[0], draw(list(range(64)), 64)[7], rtol=0, atol=1e-9)
-    torch.testing.assert_close(draw(list(range(10)), 3)[7], draw([7], 1)[0], rtol=0, atol=1e-9)
+def test_a_seeds_image_does_not_see_its_batch():
+    def draw(seeds, batch):
+        net = gaussian_heads(power_law(8, 8))
+        return drawn(net, ConstantBNR(0.5), (3, 8, 8), seeds, "cpu", batch, churn=10)
+    alone = draw([7], 1)[0]
+    for some in (draw(range(64), 64), draw(range(10), 3)):
+        torch.testing.assert_close(some[7], alone, rtol=0, atol=1e-9)
 
 
-def test_a_picture_degraded_a_little_comes_back_near():
-    spectrum, path = power_law(16, 16), BlurNoisePath(0.5)
-    net = as_model(gaussian_heads(spectrum, path), path)
-    x0 = gaussian_pictures(1, 3, spectrum, torch.Generator().manual_seed(0))
-    near, far = (torch.cat(list(generate(net, (3, 16, 16), [0, 1], "cpu", init=x0, level=level))) for level in (0.05, 5.))
+def test_an_image_degraded_a_little_comes_back_near():
+    spectrum = power_law(16, 16)
+    x0 = gaussian_images(1, 3, spectrum, torch.Generator().manual_seed(0))
+    near, far = (drawn(gaussian_heads(spectrum), ConstantBNR(0.5), (3, 16, 16), [0, 1], "cpu",
+                       init=x0, level=level) for level in (0.05, 5.))
     assert (near - x0).std() < 0.1 < (far - x0).std()
+
+
+def test_a_film_strip_shows_the_same_seed_along_each_path(monkeypatch, capsys):
+    """Four rows a ratio: the state over sqrt(1 + sigma^2), D, 4 R and D + R of every step."""
+    torch.manual_seed(0)
+    unet = UNet(3, 6, channels=8, mult=(1,), blocks=0, attention=(), ratio=True)
+    torch.nn.init.normal_(unet.last.weight, std=0.1)
+    net, strips = Denoiser(unet).eval(), []
+    monkeypatch.setattr(sample_script, "film_strip", lambda *strip: strips.append(strip))
+    paths = [ConstantBNR(bnr) for bnr in (0, 0.5, 2)]
+    args, checkpoint = Namespace(seeds=[5, 6], device="cpu"), {"data": {"shape": [3, 8, 8]}}
+    options = {"steps": 3, "solver": "heun"}
+    sample_script.draw_strip(args, net, paths, checkpoint, "film", options, 5)
+    (rows, columns, filename), = strips
+    assert columns == [f"t = {t:.3g}" for t in time_steps(3)[:-1]] and filename == "film-strip.png"
+    assert "3 images, heun 3 steps, NFE 5" in capsys.readouterr().out
+    for bnr, path in zip((0, 0.5, 2), paths):
+        states = []
+        drawn(net, path, (3, 8, 8), [5], steps=3, watch=lambda *state: states.append(state))
+        for name, value in (("x", lambda t, x, d, r: x / math.sqrt(1 + t ** 2)),
+                            ("D", lambda t, x, d, r: d), ("4 R", lambda t, x, d, r: 4 * r),
+                            ("D + R", lambda t, x, d, r: d + r)):
+            label, images = rows.pop(0)
+            assert label == f"BNR {bnr:g}: {name}"
+            expected = torch.cat([value(*state) for state in states])
+            torch.testing.assert_close(torch.stack(images), expected)
+    assert not rows
+
+
+# Cold
+
+def test_cold_sampling_starts_from_plain_images_of_the_datas_colours():
+    x = plain_image(normals(20_000, 3, 4, 6), **COLOUR)
+    assert x.shape == (20_000, 3, 4, 6) and torch.equal(x, x[:, :, :1, :1].expand_as(x))
+    mean, cov = (torch.tensor(COLOUR[name]).double() for name in ("mean", "cov"))
+    torch.testing.assert_close(x[:, :, 0, 0].mean(0), mean, rtol=0, atol=0.015)
+    torch.testing.assert_close(x[:, :, 0, 0].T.cov(), cov, rtol=0, atol=0.015)
+    one = plain_image(normals(2, 3, 4, 4), COLOUR["mean"], [[0.] * 3] * 3)
+    torch.testing.assert_close(one, mean[:, None, None].expand_as(one))
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_cold_sampling_with_one_image_to_know_ends_there(solver):
+    """Heads that know x0 move any start to itself plus what blur took of x0: the high frequencies
+    are x0's, the colour is the start's."""
+    x0, seen = normals(1, 3, 8, 12), []
+    net = lambda x, alpha, sigma: (x, x0 - x)
+    x = sample(net, ColdPath(), normals(4, 3, 8, 12, seed=1), 6, solver=solver, colour=COLOUR,
+               watch=lambda t, x, d, r: seen.append((t, x)))
+    assert [t for t, _ in seen] == pytest.approx(time_steps(6, 0.1, 12)[:-1].tolist())
+    start = seen[0][1]
+    torch.testing.assert_close(start, plain_image(normals(4, 3, 8, 12, seed=1), **COLOUR))
+    expected = dct2(start) + (1 - m_of(12., 8, 12)) * dct2(x0)
+    torch.testing.assert_close(dct2(x), expected, rtol=0, atol=1e-10)
+
+
+# Classes
+
+def test_a_class_is_learned_and_asked_for():
+    """Two classes, black and white: sampled by class, each comes out in its own shade."""
+    torch.manual_seed(0)
+    path, size = ConstantBNR(0.5), dict(channels=8, mult=(1,), blocks=1, attention=())
+    net = Denoiser(UNet(1, 2, **size, resolution=8, classes=2))
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    for _ in range(150):
+        label = torch.randint(2, (32,))
+        x0 = (2. * label - 1)[:, None, None, None].expand(-1, 1, 8, 8)
+        alpha, sigma = path.training_levels(32, 8, 8)
+        heads = lambda x, alpha, sigma: net(x, alpha, sigma, label=label)
+        terms = disentangled_loss(heads, x0, alpha, sigma, torch.randn(32, 1, 8, 8), 0.5)
+        sum(terms).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for label, seeds, shade in ((0, [5, 6], [-1, -1]), (1, [5, 6], [1, 1]),
+                                (None, [4, 5, 6], [-1, 1, -1])):
+        x = drawn(net.eval(), path, (1, 8, 8), seeds, batch=2, label=label, steps=8)
+        assert x.mean((1, 2, 3)).tolist() == pytest.approx(shade, abs=0.2)
