@@ -24,6 +24,8 @@ from model import load_model
 from util import (Parser, UserError, add_device_option, film_strip, full_float32, normalize, number,
                   process_group, rank, read_image, save_grid, save_image, to_uint8, world_size)
 
+GAUSS_LEGENDRE = np.polynomial.legendre.leggauss(64)            # nodes in [-1, 1] and weights
+
 
 def time_steps(n, t_min=0.002, t_max=80., rho=7.):
     """EDM's n levels from t_max to t_min, then 0: float64 [n + 1]."""
@@ -97,8 +99,8 @@ def slope_correction(x0_hat, t, x0_before, t_before, s, path):
 
 def integral(sigma_t, sigma_s, path, x):
     """J of (5), the integral of M e^l dl from sigma_t to sigma_s, l = -ln sigma: float64 [H, W].
-    Gauss-Legendre with 64 nodes, for any path whose t is sigma."""
-    nodes, weights = np.polynomial.legendre.leggauss(64)
+    Gauss-Legendre, for any path whose t is sigma."""
+    nodes, weights = GAUSS_LEGENDRE
     middle, half = -math.log(sigma_t * sigma_s) / 2, math.log(sigma_t / sigma_s) / 2
     l = middle + half * torch.from_numpy(nodes).to(x.device)                    # [64]
     m = attenuation(path.levels(torch.exp(-l))[0], x)                           # [64, 1, H, W]
