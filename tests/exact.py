@@ -5,7 +5,7 @@ from degrade import blur, dct2, expand_level, frequencies, idct2
 
 
 def power_law(h, w, total=0.25):
-    """S = A / lam with total variance `total` a pixel. The mean's frequency has the next one's S."""
+    """S = A / lam with total variance `total` a pixel. The mean's S is the next one's."""
     lam = frequencies(h, w).clone()
     lam[0, 0] = lam[0, 1]
     return total * (1 / lam) / (1 / lam).mean()
@@ -17,7 +17,7 @@ def m_of(alpha, h, w):
 
 
 def gaussian_heads(spectrum):
-    """Equation (6): the exact heads for independent DCT coefficients of variance spectrum [H, W]."""
+    """Equation (6): the exact heads for independent DCT coefficients, spectrum [H, W]."""
     def net(x, alpha, sigma):
         m, sigma = m_of(alpha, *spectrum.shape), expand_level(sigma, x, torch.float64)
         gain = m * spectrum / (m ** 2 * spectrum + sigma ** 2)                  # (6)

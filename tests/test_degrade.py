@@ -27,7 +27,8 @@ def test_dct2_is_the_double_sum(dtype, tolerance):
                      * math.cos(math.pi * l * (2 * j + 1) / (2 * w)) for j in range(w)]
                     for i in range(h)]
             direct = (x.double() * torch.tensor(wave, dtype=torch.float64)).sum((-2, -1))
-            torch.testing.assert_close(u[..., k, l].double(), scale * direct, rtol=0, atol=tolerance)
+            torch.testing.assert_close(u[..., k, l].double(), scale * direct, rtol=0,
+                                       atol=tolerance)
     torch.testing.assert_close(idct2(u), x, rtol=0, atol=tolerance)
 
 
@@ -37,7 +38,8 @@ def test_frequencies_are_the_eigenvalues_of_the_laplacian_for_smooth_waves():
     u[i, j] = 1
     x = idct2(u)
     laplacian = -(x.roll(1, 0) + x.roll(-1, 0) + x.roll(1, 1) + x.roll(-1, 1) - 4 * x)[1:-1, 1:-1]
-    torch.testing.assert_close(laplacian, frequencies(h, w)[i, j] * x[1:-1, 1:-1], rtol=1e-3, atol=1e-9)
+    expected = frequencies(h, w)[i, j] * x[1:-1, 1:-1]
+    torch.testing.assert_close(laplacian, expected, rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype, tolerance", KINDS)
@@ -79,7 +81,7 @@ def test_a_blur_made_in_inference_mode_can_be_trained_through_later():
         blur(torch.zeros(1, 1, 9, 11), 1.)
     x = torch.randn(1, 1, 9, 11, requires_grad=True)
     blur(x, 1.).sum().backward()
-    torch.testing.assert_close(x.grad, torch.ones_like(x))      # the mean is kept, so every pixel counts once
+    torch.testing.assert_close(x.grad, torch.ones_like(x))      # the mean is kept
 
 
 @pytest.mark.parametrize("bnr", [0, 0.5, 2])
