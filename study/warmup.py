@@ -16,8 +16,8 @@ REFERENCES = 5000
 
 
 def options():
-    p = parser("warmup", "The distance of samples to the data for a hot network turned warm, beside "
-                         "warm and hot ones from scratch.")
+    p = parser("warmup", "The distance of samples to the data for a hot network turned warm, "
+                         "beside warm and hot ones from scratch.")
     a = p.add_argument
     a("--data", default="leaves", help="as for train.py (default leaves)")
     a("--preset", default="tiny", choices=RESOLUTIONS, help="as for train.py (default tiny)")
@@ -39,14 +39,15 @@ def options():
 def compute(args, cells):
     t, measure = args.duration, None
     for seed in args.seeds:
-        hot = f"{args.runs}/warmup-hot-{seed}"
+        folder = f"{args.runs}/warmup-{t:g}-{seed}"
+        hot = f"{folder}/hot"
         # name, folder, options, and kimg of its training at which it is measured, growing
         networks = [("hot", hot, ["--bnr", 0], [t, 1.5 * t])]
         for lr in args.lr:
             start = ["--bnr", 0.5, "--init-from", f"{hot}/ema-{t:g}.pt", "--lr", lr]
-            networks.append((f"hot, then warm at {lr:g}", f"{args.runs}/warmup-{lr:g}-{seed}",
-                             start, [0.25 * t, 0.5 * t]))
-        networks.append(("warm", f"{args.runs}/warmup-warm-{seed}", ["--bnr", 0.5], [t, 1.5 * t]))
+            networks.append((f"hot, then warm at {lr:g}", f"{folder}/{lr:g}", start,
+                             [0.25 * t, 0.5 * t]))
+        networks.append(("warm", f"{folder}/warm", ["--bnr", 0.5], [t, 1.5 * t]))
         for name, out, extra, durations in networks:
             for kimg in durations:
                 checkpoint = trained_for(kimg, out, "--data", args.data, "--preset", args.preset,
@@ -76,31 +77,39 @@ def trained_for(kimg, out, *options):
 
 def table(cells):
     """Seeds differ by more than the networks do, so the column `less` compares within each seed."""
-    longest = max(c["total_kimg"] for c in cells.cells)
-    scratch = {c["seed"]: c["distance"] for c in cells.find(network="warm", total_kimg=longest)}
-    print("\nmean and standard deviation over seeds; less: than warm from scratch for "
-          f"{longest:g} kimg\n{'':26}{'kimg':>6}{'distance':>16}{'less':>16}   power, seed by seed")
-    for name, total in sorted({(c["network"], c["total_kimg"]) for c in cells.cells}):
-        found = cells.find(network=name, total_kimg=total)
-        values = [c["distance"] for c in found]
-        gains = [scratch[c["seed"]] - c["distance"] for c in found if c["seed"] in scratch]
-        columns = [f"{mean(v):.1f} +- {deviation(v)}" if v else "-" for v in (values, gains)]
-        print(f"{name:26}{total:>6g}" + "".join(f"{c:>16}" for c in columns) + "   "
-              + "; ".join(map(top_bands, found)))
+    for t in sorted({c["hot_kimg"] for c in cells.cells}):
+        scratch = {c["seed"]: c["distance"]
+                   for c in cells.find(hot_kimg=t, network="warm", total_kimg=1.5 * t)}
+        print(f"\nT = {t:g} kimg; mean and standard deviation over seeds; less: than warm from "
+              f"scratch for {1.5 * t:g} kimg\n{'':26}{'kimg':>6}{'distance':>16}{'less':>16}   "
+              "power, seed by seed")
+        for name, total in rows(cells, t):
+            found = cells.find(hot_kimg=t, network=name, total_kimg=total)
+            values = [c["distance"] for c in found]
+            gains = [scratch[c["seed"]] - c["distance"] for c in found if c["seed"] in scratch]
+            columns = [f"{mean(v):.1f} +- {deviation(v)}" if v else "-" for v in (values, gains)]
+            print(f"{name:26}{total:>6g}" + "".join(f"{c:>16}" for c in columns) + "   "
+                  + "; ".join(map(top_bands, found)))
+
+
+def rows(cells, t):
+    return sorted({(c["network"], c["total_kimg"]) for c in cells.find(hot_kimg=t)})
 
 
 def draw_plot(cells):
     def draw(plt):
-        figure, axes = plt.subplots(figsize=(6, 4))
-        for name in sorted({c["network"] for c in cells.cells}):
-            found = cells.find(network=name)
-            totals = sorted({c["total_kimg"] for c in found})
-            means = [mean([c["distance"] for c in found if c["total_kimg"] == t]) for t in totals]
-            line, = axes.plot(totals, means, label=name)
-            axes.plot([c["total_kimg"] for c in found], [c["distance"] for c in found], ".",
-                      color=line.get_color())
-        axes.set(xlabel="kimg in all", ylabel="Frechet distance")
-        axes.legend()
+        times = sorted({c["hot_kimg"] for c in cells.cells})
+        figure, axes = plt.subplots(1, len(times), figsize=(6 * len(times), 4), squeeze=False)
+        for axis, t in zip(axes[0], times):
+            for name in sorted({name for name, _ in rows(cells, t)}):
+                points = [(c["total_kimg"], c["distance"])
+                          for c in cells.find(hot_kimg=t, network=name)]
+                totals = sorted({total for total, _ in points})
+                means = [mean([d for other, d in points if other == total]) for total in totals]
+                line, = axis.plot(totals, means, label=name)
+                axis.plot(*zip(*points), ".", color=line.get_color())
+            axis.set(xlabel="kimg in all", ylabel="Frechet distance", title=f"T = {t:g} kimg")
+            axis.legend()
         return figure
     plotted(cells.png, draw)
 
