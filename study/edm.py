@@ -185,7 +185,7 @@ def storage(data):
     if (kind, dtype, view) != ("storage", "float32", None) \
             or struct.pack("<q", count) != data[start - 8:start] or len(data) - start != 4 * count:
         raise ValueError("a storage is not as torch.save writes float32 numbers")
-    return data[start:]
+    return memoryview(data)[start:]
 
 
 # What a file may name. The network's own parts come first; the rest is read and not used.

@@ -3,6 +3,7 @@
 edm-tiny-*.pkl were written by EDM's own classes and filled with random numbers; edm-tiny-*.npz has
 what those classes answer."""
 import io
+import json
 import os
 import pickle
 import sys
@@ -18,7 +19,7 @@ import sample
 import train
 from data import CIFAR10_CLASSES, Images
 from model import UNet, load_model
-from study import edm
+from study import edm, warmup
 from util import UserError
 
 HERE = Path(__file__).parent
@@ -383,3 +384,52 @@ def test_a_network_of_any_ratio_starts_one_of_a_single_ratio_as_it_was(tmp_path,
     assert old.told_ratio and not new.told_ratio and old.unet.from_ratio.weight.any()
     for a, b in zip(old(x, bnr * sigma, sigma), new(x, bnr * sigma, sigma)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+# The short cut, measured
+
+def test_each_network_is_measured_at_its_times_and_tuned_from_the_hot_one_at_t(tmp_path,
+                                                                               monkeypatch):
+    """With a train.py that writes what it was asked for, and a measure that reads it."""
+    asked, measured = [], []
+
+    def trained(out, *options):
+        words = dict(zip(options[::2], options[1::2]))
+        start = words.get("--init-from")
+        before = Path(start).read_text() if start else ""
+        text = f"{before}{words['--bnr']} for {words['--duration']:g}; "
+        Path(out).mkdir(parents=True, exist_ok=True)
+        (Path(out) / "ema.pt").write_text(text)
+        asked.append((words["--seed"], text, words.get("--lr")))
+        return f"{out}/ema.pt"
+
+    def measure(text):
+        measured.append(text)
+        return {"distance": 1., "power": [1., 1., 1.]}
+    monkeypatch.setattr(warmup, "trained", trained)
+    monkeypatch.setattr(warmup, "drawn", lambda file, *_, **__: Path(file).read_text())
+    monkeypatch.setattr(warmup, "references", lambda *_: None)
+    monkeypatch.setattr(warmup, "Measure", lambda *_: measure)
+    args = ["--duration", 8, "--lr", 1e-3, "--runs", tmp_path / "runs", "--results", tmp_path]
+    run(monkeypatch, warmup.main, *args)
+    one = ["0 for 8; ", "0 for 12; ", "0 for 8; 0.5 for 2; ", "0 for 8; 0.5 for 4; ",
+           "0.5 for 8; ", "0.5 for 12; "]
+    assert measured == one * 2 and [text for _, text, _ in asked] == one * 2
+    assert [seed for seed, *_ in asked] == [0] * 6 + [1] * 6
+    assert [lr for *_, lr in asked] == [None, None, 1e-3, 1e-3, None, None] * 2
+    run(monkeypatch, warmup.main, *args)                        # all of it is there
+    assert len(measured) == len(asked) == 12
+
+
+def test_the_table_compares_within_a_seed(tmp_path, monkeypatch, capsys):
+    distances = {("hot", 8): 300, ("hot, then warm at 0.001", 10): 260, ("warm", 12): 250}
+    with open(tmp_path / "warmup.jsonl", "w") as f:
+        for (name, total), distance in distances.items():
+            for seed, gain in ((0, 0), (1, 20 + distance / 10)):
+                cell = dict(hot_kimg=8, network=name, total_kimg=total, seed=seed, power=[1, 1, 2],
+                            distance=distance + gain)
+                f.write(json.dumps(cell) + "\n")
+    run(monkeypatch, warmup.main, "--plot-only", "--results", tmp_path)
+    table = capsys.readouterr().out
+    assert "hot, then warm at 0.001     10   283.0 +- 32.5    -10.5 +- 0.7" in table
+    assert "warm                        12   272.5 +- 31.8      0.0 +- 0.0" in table
