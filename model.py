@@ -274,27 +274,40 @@ def load_model(filename, device="cpu", precision="fp32", compiled=False):
 MAY_BE_NEW = ("unet.from_ratio.", "unet.from_augment.", "unet.from_label.")
 
 
-def start_from(net, filename):
+def start_from(net, filename, path):
     """Puts the weights of a checkpoint of this project into a new Denoiser, to train it further.
 
-    What only one of the two has among MAY_BE_NEW starts at zero or is left out. The deblurring head
-    starts at zero where the checkpoint is of BNR 0, which has not trained it. Raises UserError that
-    names what does not fit.
+    What only one of the two has among MAY_BE_NEW starts at zero or is left out; what a network of
+    --bnr any was told of the ratio, path's at t = 1, goes into a bias. The deblurring head starts
+    at zero where the checkpoint is of BNR 0, which has not trained it. Raises UserError that names
+    what does not fit.
     """
     old, checkpoint = load_model(filename)
-    theirs, ours = old.state_dict(), net.state_dict()
+    theirs, ours, config = old.state_dict(), net.state_dict(), checkpoint["config"]
+
+    def misfit(reason):
+        sizes = [f"{k} {config['unet'].get(k)}"
+                 for k in ("channels", "mult", "blocks", "attention")]
+        return UserError(f"{filename} does not fit this network: {reason}; it has "
+                         f"{', '.join(sizes)}, at {checkpoint['data']['shape'][2]} pixels a side")
+    if type(old).answers is not type(net).answers or old.sigma_data != net.sigma_data:
+        raise misfit(f"its --param is {config.get('param', 'residual')} and its sigma_data "
+                     f"{old.sigma_data:g}")
     for name in sorted(theirs.keys() ^ ours.keys()):
         if not name.startswith(MAY_BE_NEW):
-            raise UserError(f"{filename} does not fit this network: only one of them has {name}")
+            raise misfit(f"only one of them has {name}")
     for name, value in ours.items():
         if name in theirs and theirs[name].shape == value.shape:
             value.copy_(theirs[name])
         elif name.startswith(MAY_BE_NEW):
             value.zero_()
         else:
-            raise UserError(f"{filename} does not fit this network: {name} is "
-                            f"{list(theirs[name].shape)} there and {list(value.shape)} here")
-    if checkpoint["config"]["bnr"] == 0 and net.heads == 2:
+            raise misfit(f"{name} is {list(theirs[name].shape)} there and {list(value.shape)} here")
+    if old.told_ratio and not net.told_ratio:
+        alpha, sigma = (torch.tensor([float(v)]) for v in path.levels(1.))
+        told = old.unet.from_ratio(sinusoids(4 * alpha / (alpha + sigma), old.unet.channels))[0]
+        ours["unet.embed.0.bias"].add_(ours["unet.embed.0.weight"] @ told)
+    if config["bnr"] == 0 and net.heads == 2:
         for value in (ours["unet.last.weight"], ours["unet.last.bias"]):
             value.chunk(2)[1].zero_()
 

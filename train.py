@@ -320,7 +320,7 @@ def prepare(args, data, path, net):
     torch.manual_seed(seed_for("weights", args.seed))
     net = net or checked_build(run.config, *run.facts["shape"][1:])
     if args.init_from and not state:
-        start_from(net, args.init_from)
+        start_from(net, args.init_from, run.path)
     run.net = net.to(device, memory_format=torch.channels_last)
     run.ema = copy.deepcopy(net).eval().requires_grad_(False)
     run.weights, run.averages = list(run.net.parameters()), list(run.ema.parameters())
@@ -352,6 +352,8 @@ def header(run):
              f"{run.device.type}, {'bf16' if run.bf16 else 'fp32'}, batch {run.args.batch} as "
              f"{run.args.batch // run.micro} x {run.micro}"
              + (f" in {world_size()} processes" if world_size() > 1 else "")]
+    if run.args.init_from and not run.seen:
+        parts.append(f"from the weights of {run.args.init_from}")
     if run.seen:
         parts.append(f"resuming at {run.seen / 1000:g} kimg")
     if run.seen >= run.total:
