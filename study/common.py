@@ -38,6 +38,7 @@ from sample import generate, sampling_path
 from util import Parser, UserError, atomic_write, full_float32, signals_noted, to_uint8
 
 RESULTS = Path(__file__).parent / "results"
+QUICK = ["--sample-steps", 1]                   # what train.py's grids take with --quick
 RESOLUTIONS = {"tiny": 16, "cifar10": 32, "ffhq64": 64, "church128": 128}
 
 

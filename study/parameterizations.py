@@ -7,8 +7,8 @@ It trains the networks with train.py, in the folder --runs, or continues those t
 from functools import cache, partial
 
 from model import PARAMETERIZATIONS
-from study.common import (RESOLUTIONS, Cells, Measure, deviation, drawn, groups, mean, parser,
-                          plotted, references, top_bands, trained)
+from study.common import (QUICK, RESOLUTIONS, Cells, Measure, deviation, drawn, groups, mean,
+                          parser, plotted, references, top_bands, trained)
 from util import add_device_option, number
 
 
@@ -27,7 +27,7 @@ def options():
     add_device_option(p)
     args = p.parse_args()
     if args.quick:
-        args.duration, args.seeds, args.samples, args.nfe = 0.064, [0], 50, [3]
+        args.duration, args.seeds, args.samples, args.nfe = 0.032, [0], 50, [3]
         args.runs = f"{args.runs}/quick"
     return p, args
 
@@ -41,7 +41,8 @@ def compute(args, cells):
             name = f"0.5-{seed}" if param == "residual" else f"{param}-{seed}"
             checkpoint = partial(trained, f"{args.runs}/{name}", "--data", args.data, "--preset",
                                  args.preset, "--duration", args.duration, "--device", args.device,
-                                 "--bnr", "0.5", "--seed", seed, "--param", param)
+                                 "--bnr", "0.5", "--seed", seed, "--param", param,
+                                 *(QUICK if args.quick else ()))
             for nfe in args.nfe:
                 key = dict(data=args.data, preset=args.preset, kimg=args.duration, param=param,
                            seed=seed, nfe=nfe, samples=args.samples)

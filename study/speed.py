@@ -1,8 +1,8 @@
 """How fast: training and sampling beside the same network run as EDM's loop runs it, and the shares
 of a training step.
 
-    python -m study.speed                               # tiny on a CPU, the paper's network on a GPU
-    python -m study.speed --channels 32 --blocks 2      # or any other options of train.py
+    python -m study.speed                              # tiny on a CPU, the paper's network on a GPU
+    python -m study.speed --channels 32 --blocks 2     # or any other options of train.py
 
 The baseline is fp32 without TF32, eager, channels first, with images loaded one by one through a
 DataLoader, and Adam and the EMA looped over the weights. Both run in turn, --runs times, and the
@@ -29,8 +29,8 @@ from util import add_device_option, normalize, number, peak_memory
 
 
 def options():
-    p = parser("speed", "Training and sampling beside a loop like EDM's. Options that are not named "
-                        "here are train.py's.")
+    p = parser("speed", "Training and sampling beside a loop like EDM's. Options that are not "
+                        "named here are train.py's.")
     add_device_option(p)
     p.add_argument("--preset", choices=train.PRESETS,
                    help="as for train.py (default: cifar10 on a GPU, tiny on a CPU)")
@@ -40,7 +40,7 @@ def options():
     gpu = torch.device(args.device).type == "cuda"
     args.preset = args.preset or ("cifar10" if gpu else "tiny")
     args.options = " ".join(others)
-    args.steps, args.images = (20, 256) if gpu else (100, 64)   # of a run; samples at a time
+    args.steps, args.images = (20, 256) if gpu else (40, 64)    # of a run; samples at a time
     # augmented, as the paper's runs are, unless the others say otherwise
     trained = train.options(["--augment", "0.12", "--device", args.device, "--preset", args.preset,
                              *others])
@@ -60,14 +60,16 @@ def measured(args, trained):
         run.log.close()
     compiled = trained.compile or trained.compile is None and run.device.type == "cuda"
 
-    ours = partial(our_steps, run, args.steps)
-    ours()                                                      # compiles; and before EDM's memory
-    memory = peak_memory(run.device)
-    theirs = partial(edms_steps, run, edms_loop(run, images), math.ceil(args.steps / 4))
-    training = pairs(args.runs, ours, theirs, run.device)
+    our_steps(run, 3)                                           # compiles
+    memory = peak_memory(run.device)                            # before EDM's
+    loop = edms_loop(run, images)
+    edms_steps(run, loop, 1)
+    training = pairs(args.runs, partial(our_steps, run, args.steps),
+                     partial(edms_steps, run, loop, math.ceil(args.steps / 4)), run.device)
     plain = plain_copy(run.ema)
     if compiled:
         run.ema.unet.compile()
+    our_samples(run, args.images)
     sampling = pairs(args.runs, partial(our_samples, run, args.images),
                      partial(samples, run, plain, args.images), run.device)
     return {"training": training, "sampling": sampling, "batch": trained.batch,
@@ -79,9 +81,7 @@ def measured(args, trained):
 
 
 def pairs(n, ours, theirs, device):
-    """n pairs of images/s, one after the other, behind a first call that does not count. ours,
-    theirs: functions that return a number of images."""
-    ours(), theirs()
+    """n pairs of images/s, one after the other. ours, theirs: return a number of images."""
     return [[rate(ours, device), rate(theirs, device)] for _ in range(n)]
 
 

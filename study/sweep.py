@@ -13,8 +13,8 @@ from itertools import product
 import numpy as np
 
 from model import load_model
-from study.common import (RESOLUTIONS, Cells, Measure, deviation, drawn, groups, mean, parser,
-                          plotted, references, trained)
+from study.common import (QUICK, RESOLUTIONS, Cells, Measure, deviation, drawn, groups, mean,
+                          parser, plotted, references, trained)
 from util import add_device_option, number
 
 RATIOS = [0, 0.1, 0.3, 0.5, 0.65, 1, 2, 10]
@@ -51,8 +51,8 @@ def options():
         args.solvers, args.nfe = ["heun", "multistep", "euler"], [9, 18, 35]
         args.bnr = [0, 0.5, 2] if args.bnr is RATIOS else args.bnr
     if args.quick:
-        args.duration, args.seeds, args.bnr, args.samples = 0.064, [0], [0, 2], 50
-        args.nfe, args.runs = [2, 3], f"{args.runs}/quick"
+        args.duration, args.seeds, args.bnr, args.samples = 0.032, [0], [0, 2], 50
+        args.nfe, args.runs = [2, 3] if args.steps else [3], f"{args.runs}/quick"
     return p, args
 
 
@@ -68,7 +68,7 @@ def networks(args):
             name = bnr if bnr == "any" else f"{bnr:g}"
             train = partial(trained, f"{args.runs}/{name}-{seed}", "--data", args.data, "--preset",
                             args.preset, "--duration", args.duration, "--device", args.device,
-                            "--bnr", name, "--seed", seed)
+                            "--bnr", name, "--seed", seed, *(QUICK if args.quick else ()))
             yield name, seed, args.duration, train, args.bnr if bnr == "any" else [None]
 
 
@@ -129,8 +129,8 @@ def curve(cell):
 
 def comparable(cells):
     """Title, floor and the other cells of each table: of one data set, preset, and so on."""
-    networks = [c for c in cells.cells if c["network"] != "floor"]
-    for values, some in groups(networks, "data", "preset", "samples", "kimg").items():
+    of_networks = [c for c in cells.cells if c["network"] != "floor"]
+    for values, some in groups(of_networks, "data", "preset", "samples", "kimg").items():
         data, preset, samples, kimg = values
         title = f"{data}, {preset}, {kimg:g} kimg, {samples} samples"
         yield title, cells.find(network="floor", data=data, preset=preset, samples=samples), some
@@ -165,8 +165,9 @@ def over_draws(by_seed):
 def draw_plot(cells):
     """A row for each table. Left: distance against BNR, at the largest NFE of each solver. Right:
     against NFE, a line a ratio and solver. Points are seeds and draws, lines their means."""
+    tables = list(comparable(cells))
+
     def draw(plt):
-        tables = list(comparable(cells))
         figure, axes = plt.subplots(len(tables), 2, squeeze=False,
                                     figsize=(12, 4.5 * len(tables)))
         for (by_ratio, by_nfe), (title, floor, some) in zip(axes, tables):
@@ -184,7 +185,8 @@ def draw_plot(cells):
             for a in (by_ratio, by_nfe):
                 a.legend(fontsize="small")
         return figure
-    plotted(cells.png, draw)
+    if tables:                                                  # more than a floor
+        plotted(cells.png, draw)
 
 
 def plot_at_ratios(axes, cells, label):
