@@ -7,9 +7,9 @@ import hashlib
 import json
 import math
 import platform
-import subprocess
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +29,16 @@ try:
 except ImportError:
     EfficientNet = None
 
+import train
 from data import load
 from degrade import dct2, frequencies
 from fid import frechet_distance
 from model import load_model
 from sample import generate, sampling_path
-from util import Parser, UserError, atomic_write, to_uint8
+from util import Parser, UserError, atomic_write, full_float32, signals_noted, to_uint8
 
-ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+QUICK = ["--sample-steps", 1]                   # what train.py's grids take with --quick
 RESOLUTIONS = {"tiny": 16, "cifar10": 32, "ffhq64": 64, "church128": 128}
 
 
@@ -56,14 +57,20 @@ def parser(name, description):
 
 class Cells:
     """The cells of a table, a line of JSON each in study/results/NAME.jsonl. A cell that is there
-    is not computed again, so a program that was stopped continues where it stopped."""
+    is not computed again, so a program that was stopped continues where it stopped. UserError where
+    --plot-only finds none."""
 
     def __init__(self, args, name):
         folder = args.results / "quick" if args.quick else args.results
         self.file, self.png = folder / f"{name}.jsonl", folder / f"{name}.png"
+        self.device = getattr(args, "device", "cpu")
         folder.mkdir(parents=True, exist_ok=True)
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        self.cells = [json.loads(line) for line in lines if line.endswith("}")]
+        self.cells = []
+        for line in self.file.read_text().splitlines() if self.file.exists() else ():
+            with contextlib.suppress(ValueError):               # the last line may be incomplete
+                self.cells.append(json.loads(line))
+        if args.plot_only and not self.cells:
+            raise UserError(f"{self.file} has no results yet: leave out --plot-only")
 
     def find(self, **key):
         """The cells that have these values, in the order in which they were computed."""
@@ -75,18 +82,32 @@ class Cells:
         if kept:
             return kept[0]
         start = time.time()
-        cell = {**key, **function(), "seconds": round(time.time() - start, 1), **facts()}
+        cell = {**key, **function(), "seconds": round(time.time() - start, 1),
+                **facts(self.device)}
         self.cells.append(cell)
-        with atomic_write(self.file, "w") as f:
-            f.writelines(json.dumps(c) + "\n" for c in self.cells)
+        with open(self.file, "a") as f:     # a line at once: several programs may add to the file
+            f.write(json.dumps(cell) + "\n")
         return cell
 
 
-def facts():
-    """What a result needs to be repeated."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {"date": datetime.date.today().isoformat(), "torch": torch.__version__,
-            "device": device, "threads": torch.get_num_threads()}
+def facts(device):
+    """What a result needs to be repeated, beside its options and seeds."""
+    return {"date": datetime.date.today().isoformat(), "python": platform.python_version(),
+            "torch": torch.__version__, "numpy": np.__version__, "device": machine(device),
+            "threads": torch.get_num_threads()}
+
+
+def machine(device):
+    gpu = torch.device(device).type == "cuda"
+    return torch.cuda.get_device_name(device) if gpu else platform.machine()
+
+
+def groups(cells, *names):
+    """The cells by their values of these names, {values: cells}: only such cells are comparable."""
+    found = {}
+    for cell in cells:
+        found.setdefault(tuple(cell.get(name) for name in names), []).append(cell)
+    return found
 
 
 def mean(values):
@@ -106,28 +127,43 @@ def top_bands(cell):
 def plotted(filename, draw):
     """Saves the figure that draw(plt) returns, where matplotlib is installed."""
     if plt is None:
-        print("no plot: pip install matplotlib, then the same command with --plot-only",
-              file=sys.stderr)
+        print("no plot: pip install -r study/requirements.txt, then the same command with "
+              "--plot-only", file=sys.stderr)
         return
     figure = draw(plt)
     figure.savefig(filename, dpi=100, bbox_inches="tight")
     plt.close(figure)
-    print(f"{filename}")
+    print(filename)
 
 
 # Networks
 
+@lru_cache(maxsize=None)                                        # once a process
 def trained(out, *options):
-    """The ema.pt of a network that train.py has trained, or trains now, in the folder out."""
-    command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), *map(str, options)]
-    if subprocess.run(command).returncode:
-        raise UserError(f"training stopped: {' '.join(command)}")
+    """The ema.pt of a network that train.py has trained, or trains now, in the folder out. A signal
+    saves the run and ends the program; the next start continues it."""
+    args = train.options(["--out", str(out), *map(str, options)])
+    with signals_noted() as signals:
+        train.train(args, signals=signals)
+    if signals:
+        sys.exit(128 + signals[0])
     return f"{out}/ema.pt"
 
 
-def drawn(checkpoint_file, seeds, device="cpu", batch=125, bnr=None, path=None, **options):
+@lru_cache(maxsize=1)
+def loaded(checkpoint_file, device):
+    """The network and the rest of a checkpoint, the network as train.py runs it: on a GPU in bf16,
+    where it has that, and compiled."""
+    gpu = torch.device(device).type == "cuda"
+    bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    return load_model(checkpoint_file, device, "bf16" if bf16 else "fp32", compiled=gpu)
+
+
+def drawn(checkpoint_file, seeds, device="cpu", batch=None, bnr=None, path=None, **options):
     """uint8 [N, C, H, W]: the samples of these seeds. bnr, path: as sample.py takes them."""
-    net, checkpoint = load_model(checkpoint_file, device)
+    full_float32()
+    net, checkpoint = loaded(checkpoint_file, device)
+    batch = batch or (125 if torch.device(device).type == "cpu" else 500)
     curve = sampling_path(checkpoint, bnr, path)
     colour = checkpoint["config"].get("colour")
     states = generate(net, curve, checkpoint["data"]["shape"], seeds, device, batch, colour=colour,
@@ -138,9 +174,12 @@ def drawn(checkpoint_file, seeds, device="cpu", batch=125, bnr=None, path=None, 
 
 # Measures
 
+load_once = lru_cache(maxsize=1)(load)
+
+
 def references(data, resolution, n, skip=0):
     """uint8 [n, C, H, W]: images of the data set by a fixed draw, behind the first `skip` of it."""
-    images = load(data, resolution).images
+    images = load_once(data, resolution).images
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
     if len(images) < skip + n:
         raise UserError(f"{data} has {len(images)} images, and {skip + n} are needed")

@@ -4,10 +4,12 @@
 
 It trains the networks with train.py, in the folder --runs, or continues those that are there.
 """
+from functools import cache, partial
+
 from model import PARAMETERIZATIONS
-from study.common import Cells, Measure, deviation, drawn, parser, plotted, references, trained
-from study.common import RESOLUTIONS, mean, top_bands
-from util import UserError, add_device_option, number
+from study.common import (QUICK, RESOLUTIONS, Cells, Measure, deviation, drawn, groups, mean,
+                          parser, plotted, references, top_bands, trained)
+from util import add_device_option, number
 
 
 def options():
@@ -20,58 +22,71 @@ def options():
     a("--runs", default="runs", help="folder of the networks' runs (default runs)")
     a("--seeds", type=number(int, 0), nargs="+", default=[0, 1], help="default 0 1")
     a("--nfe", type=number(int, 1), nargs="+", default=[9, 35],
-      help="of Heun, odd numbers (default 9 35)")
+      help="network evaluations of Heun, odd numbers (default 9 35)")
     a("--samples", type=number(int, 50), default=5000, help="a cell (default 5000)")
     add_device_option(p)
     args = p.parse_args()
     if args.quick:
-        args.duration, args.seeds, args.samples, args.nfe = 0.064, [0], 50, [3]
+        args.duration, args.seeds, args.samples, args.nfe = 0.032, [0], 50, [3]
         args.runs = f"{args.runs}/quick"
     return p, args
 
 
 def compute(args, cells):
-    measure = None
+    resolution = RESOLUTIONS[args.preset]
+    measure = cache(lambda: Measure(references(args.data, resolution, args.samples), args.device))
     for seed in args.seeds:
         for param in PARAMETERIZATIONS:
             # the run of `residual` is the one that study.sweep --single 0.5 trains
             name = f"0.5-{seed}" if param == "residual" else f"{param}-{seed}"
-            checkpoint = trained(f"{args.runs}/{name}", "--data", args.data, "--preset",
+            checkpoint = partial(trained, f"{args.runs}/{name}", "--data", args.data, "--preset",
                                  args.preset, "--duration", args.duration, "--device", args.device,
-                                 "--bnr", "0.5", "--seed", seed, "--param", param)
+                                 "--bnr", "0.5", "--seed", seed, "--param", param,
+                                 *(QUICK if args.quick else ()))
             for nfe in args.nfe:
                 key = dict(data=args.data, preset=args.preset, kimg=args.duration, param=param,
                            seed=seed, nfe=nfe, samples=args.samples)
-                if not cells.find(**key) and measure is None:
-                    reference = references(args.data, RESOLUTIONS[args.preset], args.samples)
-                    measure = Measure(reference, args.device)
-                cell = cells.compute(key, lambda: measure(drawn(
-                    checkpoint, range(args.samples), args.device, steps=(nfe + 1) // 2)))
+                if not cells.find(**key):
+                    measure(), checkpoint()     # here, so that the cell's seconds are its own
+                cell = cells.compute(key, lambda: measure()(drawn(
+                    checkpoint(), range(args.samples), args.device, steps=(nfe + 1) // 2)))
                 print(f"{param}-{seed}, NFE {nfe}: {cell['distance']:.1f}, power {top_bands(cell)}",
                       flush=True)
 
 
+def comparable(cells):
+    """Title and cells of each table: of one data set, preset, and so on."""
+    for values, some in groups(cells.cells, "data", "preset", "samples", "kimg").items():
+        data, preset, samples, kimg = values
+        yield f"{data}, {preset}, {kimg:g} kimg, {samples} samples", some
+
+
 def table(cells):
-    nfes = sorted({c["nfe"] for c in cells.cells})
-    print("\nmean and standard deviation over seeds\n"
-          f"{'':10}" + "".join(f"{f'NFE {n}':>18}" for n in nfes))
-    for param in PARAMETERIZATIONS:
-        found = [[c["distance"] for c in cells.find(param=param, nfe=n)] for n in nfes]
-        print(f"{param:10}" + "".join(f"{f'{mean(d):.1f} +- {deviation(d)}':>18}" for d in found))
+    for title, some in comparable(cells):
+        by_cell = groups(some, "param", "nfe")
+        nfes = sorted({nfe for _, nfe in by_cell})
+        print(f"\n{title}: mean distance and standard deviation over seeds\n"
+              f"{'':10}" + "".join(f"{f'NFE {n}':>18}" for n in nfes))
+        for param in PARAMETERIZATIONS:
+            found = [[c["distance"] for c in by_cell.get((param, n), [])] for n in nfes]
+            print(f"{param:10}" + "".join(
+                f"{f'{mean(d):.1f} +- {deviation(d)}' if d else '-':>18}" for d in found))
 
 
 def draw_plot(cells):
+    """A panel for each table: points are seeds, lines their means."""
     def draw(plt):
-        figure, axes = plt.subplots(figsize=(6, 4))
-        for param in PARAMETERIZATIONS:
-            found = cells.find(param=param)
-            nfes = sorted({c["nfe"] for c in found})
-            means = [mean([c["distance"] for c in found if c["nfe"] == n]) for n in nfes]
-            line, = axes.plot(nfes, means, label=param)
-            axes.plot([c["nfe"] for c in found], [c["distance"] for c in found], ".",
-                      color=line.get_color())
-        axes.set(xlabel="NFE", ylabel="Frechet distance")
-        axes.legend()
+        tables = list(comparable(cells))
+        figure, axes = plt.subplots(1, len(tables), squeeze=False, figsize=(6 * len(tables), 4))
+        for a, (title, some) in zip(axes[0], tables):
+            for (param,), same in groups(some, "param").items():
+                nfes = sorted({c["nfe"] for c in same})
+                means = [mean([c["distance"] for c in same if c["nfe"] == n]) for n in nfes]
+                line, = a.plot(nfes, means, label=param)
+                a.plot([c["nfe"] for c in same], [c["distance"] for c in same], ".",
+                       color=line.get_color())
+            a.set(xlabel="NFE", ylabel="Frechet distance", title=title)
+            a.legend()
         return figure
     plotted(cells.png, draw)
 
@@ -82,8 +97,6 @@ def main():
         cells = Cells(args, "parameterizations")
         if not args.plot_only:
             compute(args, cells)
-        if not cells.cells:
-            raise UserError(f"{cells.file} has no results yet: leave out --plot-only")
         table(cells)
         draw_plot(cells)
 

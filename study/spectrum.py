@@ -3,8 +3,8 @@
     python -m study.spectrum                           # dead leaves
     python -m study.spectrum --data my-images/         # your own; the plot shows both
 
-Noise of level sigma hides a frequency f (rad/pixel) once sigma^2 > S, the power of the images there.
-Blur of BNR sigma pixels removes it once f BNR sigma > 1. Both happen at the same level where
+Noise of level sigma hides a frequency f (rad/pixel) once sigma^2 > S, the power of the images
+there. Blur of BNR sigma pixels removes it once f BNR sigma > 1. Both happen at the same level where
 BNR = 1 / sqrt(A), with A = f^2 S.
 """
 import numpy as np
@@ -92,8 +92,6 @@ def main():
     p, args = options()
     with p.one_line_errors():
         cells = Cells(args, "spectrum")
-        if args.plot_only and not cells.cells:
-            raise UserError(f"{cells.file} has no results yet: leave out --plot-only")
         key = dict(data=args.data, resolution=args.resolution)
         shown = cells.cells if args.plot_only else [cells.compute(key, lambda: measured(args))]
         for cell in shown:

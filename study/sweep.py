@@ -7,12 +7,15 @@
 
 It trains the networks with train.py, in the folder --runs, or continues those that are there.
 """
+from functools import cache, partial
 from itertools import product
 
+import numpy as np
+
 from model import load_model
-from study.common import Cells, Measure, deviation, drawn, parser, plotted, references, trained
-from study.common import RESOLUTIONS, mean, top_bands
-from util import UserError, add_device_option, number
+from study.common import (QUICK, RESOLUTIONS, Cells, Measure, deviation, drawn, groups, mean,
+                          parser, plotted, references, trained)
+from util import add_device_option, number
 
 RATIOS = [0, 0.1, 0.3, 0.5, 0.65, 1, 2, 10]
 
@@ -48,28 +51,29 @@ def options():
         args.solvers, args.nfe = ["heun", "multistep", "euler"], [9, 18, 35]
         args.bnr = [0, 0.5, 2] if args.bnr is RATIOS else args.bnr
     if args.quick:
-        args.duration, args.seeds, args.bnr, args.samples = 0.064, [0], [0, 2], 50
-        args.nfe, args.runs = [2, 3], f"{args.runs}/quick"
+        args.duration, args.seeds, args.bnr, args.samples = 0.032, [0], [0, 2], 50
+        args.nfe, args.runs = [2, 3] if args.steps else [3], f"{args.runs}/quick"
     return p, args
 
 
 def networks(args):
-    """(name, seed, kimg, checkpoint, ratios to sample at) of every network, trained when needed."""
+    """(name, seed, kimg, function, ratios to sample at) of every network. The function returns its
+    checkpoint, and trains it when needed."""
     for filename in args.ckpt or ():
         _, checkpoint = load_model(filename)
         seed, kimg = checkpoint["options"]["seed"], checkpoint["seen"] / 1000
-        yield "any", seed, kimg, filename, args.bnr
+        yield "any", seed, kimg, lambda: filename, args.bnr
     for seed in args.seeds if not args.ckpt else ():
         for bnr in ("any", *args.single):
             name = bnr if bnr == "any" else f"{bnr:g}"
-            filename = trained(f"{args.runs}/{name}-{seed}", "--data", args.data, "--preset",
-                               args.preset, "--duration", args.duration, "--device", args.device,
-                               "--bnr", name, "--seed", seed)
-            yield name, seed, args.duration, filename, args.bnr if bnr == "any" else [None]
+            train = partial(trained, f"{args.runs}/{name}-{seed}", "--data", args.data, "--preset",
+                            args.preset, "--duration", args.duration, "--device", args.device,
+                            "--bnr", name, "--seed", seed, *(QUICK if args.quick else ()))
+            yield name, seed, args.duration, train, args.bnr if bnr == "any" else [None]
 
 
 def compute(args, cells):
-    measure = None
+    measure = cache(lambda: measure_of(args, cells))
     for network, seed, kimg, checkpoint, ratios in networks(args):
         curves = [(bnr, None) for bnr in ratios]
         curves += [(None, args.path)] if args.path and network == "any" else []
@@ -78,11 +82,11 @@ def compute(args, cells):
                 key = dict(data=args.data, preset=args.preset, kimg=kimg, network=network,
                            seed=seed, bnr=bnr, path=path, solver=solver, nfe=nfe, draw=draw,
                            samples=args.samples)
-                if not cells.find(**key) and measure is None:
-                    measure = references_of(args, cells)
+                if not cells.find(**key):
+                    measure(), checkpoint()     # here, so that the cell's seconds are its own
                 seeds = range(draw * args.samples, (draw + 1) * args.samples)
-                cell = cells.compute(key, lambda: measure(drawn(
-                    checkpoint, seeds, args.device, bnr=bnr, path=path, solver=solver,
+                cell = cells.compute(key, lambda: measure()(drawn(
+                    checkpoint(), seeds, args.device, bnr=bnr, path=path, solver=solver,
                     steps=steps)))
                 print(row(cell), flush=True)
 
@@ -96,7 +100,7 @@ def settings(args):
     return found
 
 
-def references_of(args, cells):
+def measure_of(args, cells):
     """The measure, and its floor: as many other images of the data set."""
     resolution, n = RESOLUTIONS[args.preset], args.samples
     measure = Measure(references(args.data, resolution, n), args.device)
@@ -108,64 +112,103 @@ def references_of(args, cells):
 
 def row(cell):
     if cell["network"] == "floor":
-        return f"{'floor':24}{cell['distance']:10.1f}   power {top_bands(cell)}"
-    curve = cell["path"] or ("" if cell["bnr"] is None else f"BNR {cell['bnr']:g}")
-    name = f"{cell['network']}-{cell['seed']} {curve}"
-    return (f"{name:24}{cell['distance']:10.1f}   power {top_bands(cell)}   {cell['solver']} "
-            f"NFE {cell['nfe']}")
+        return line("floor: other images", [cell], "")
+    network = f"{cell['network']}-{cell['seed']}"
+    return line(f"{network} {curve(cell)}", [cell], f"{cell['solver']} NFE {cell['nfe']}")
+
+
+def line(name, cells, note):
+    power = " ".join(f"{v:.2f}" for v in np.mean([c["power"][-3:] for c in cells], 0))
+    distance = mean([c["distance"] for c in cells])
+    return f"{name:24}{distance:10.1f}   power {power}   {note}".rstrip()
+
+
+def curve(cell):
+    return cell["path"] or ("" if cell["bnr"] is None else f"BNR {cell['bnr']:g}")
+
+
+def comparable(cells):
+    """Title, floor and the other cells of each table: of one data set, preset, and so on."""
+    of_networks = [c for c in cells.cells if c["network"] != "floor"]
+    for values, some in groups(of_networks, "data", "preset", "samples", "kimg").items():
+        data, preset, samples, kimg = values
+        title = f"{data}, {preset}, {kimg:g} kimg, {samples} samples"
+        yield title, cells.find(network="floor", data=data, preset=preset, samples=samples), some
 
 
 def table(cells):
-    """Means over the seeds of the networks for every ratio, and both spreads."""
-    found = [c for c in cells.cells if c["network"] == "any"]
-    curves = sorted({(c["bnr"] is None, c["bnr"] or 0, c["path"] or "") for c in found})
-    for solver, nfe in sorted({(c["solver"], c["nfe"]) for c in found}):
-        print(f"\n{solver}, NFE {nfe}: mean, standard deviation over seeds; over draws")
-        for blurring, bnr, path in curves:
-            some = cells.find(network="any", solver=solver, nfe=nfe, path=path or None,
-                              bnr=None if blurring else bnr)
-            if some:
-                first = [c["distance"] for c in some if c["draw"] == 0]
-                by_seed = [[c["distance"] for c in some if c["seed"] == s]
-                           for s in {c["seed"] for c in some}]
-                spread = next((deviation(d) for d in by_seed if len(d) > 1), "-")
-                print(f"{path or f'BNR {bnr:g}':12}{mean(first):9.1f} +- {deviation(first)}; "
-                      f"{spread}")
+    """For each solver and NFE the means over the seeds of the networks for every ratio, with both
+    spreads; then the networks of one ratio."""
+    for title, floor, some in comparable(cells):
+        print(f"\n{title}: mean distance, power in the top three bands, standard deviation over "
+              "seeds / over draws")
+        print(*map(row, floor), sep="\n")
+        by_setting = groups([c for c in some if c["network"] == "any"], "solver", "nfe")
+        for (solver, nfe), same in sorted(by_setting.items()):
+            print(f"{solver}, NFE {nfe}")
+            for key, drawn_ones in sorted(groups(same, "path", "bnr").items(), key=str):
+                by_seed = groups(drawn_ones, "seed").values()
+                first = [c for c in drawn_ones if c["draw"] == 0]
+                over_seeds = deviation([c["distance"] for c in first])
+                print(line(curve(first[0]), first, f"+- {over_seeds} / {over_draws(by_seed)}"))
+        for cell in some:
+            if cell["network"] != "any":
+                print(row(cell))
+
+
+def over_draws(by_seed):
+    """The standard deviation over draws, in words: the root of its mean square over the seeds."""
+    some = [np.var([c["distance"] for c in cells], ddof=1) for cells in by_seed if len(cells) > 1]
+    return f"{np.sqrt(np.mean(some)):.1f}" if some else "-"
 
 
 def draw_plot(cells):
-    """Left: distance against BNR. Right: against NFE, a curve a ratio and solver, where there are
-    several NFEs. Points are seeds and draws, lines their means."""
+    """A row for each table. Left: distance against BNR, at the largest NFE of each solver. Right:
+    against NFE, a line a ratio and solver. Points are seeds and draws, lines their means."""
+    tables = list(comparable(cells))
+
     def draw(plt):
-        found = [c for c in cells.cells if c["network"] == "any" and c["bnr"] is not None]
-        nfes = sorted({c["nfe"] for c in found})
-        figure, axes = plt.subplots(1, 2 if len(nfes) > 1 else 1, squeeze=False,
-                                    figsize=(11 if len(nfes) > 1 else 6, 4))
-        by_ratio, by_nfe = axes[0, 0], axes[0, -1]
-        for solver in sorted({c["solver"] for c in found}):
-            some = [c for c in found if c["solver"] == solver and c["nfe"] == nfes[-1]]
-            plot_means(by_ratio, some, "bnr", f"{solver}, NFE {nfes[-1]}")
-            for bnr in sorted({c["bnr"] for c in found}) if len(nfes) > 1 else ():
-                some = [c for c in found if c["solver"] == solver and c["bnr"] == bnr]
-                plot_means(by_nfe, some, "nfe", f"{solver}, BNR {bnr:g}")
-        single = [c for c in cells.cells if c["network"] not in ("any", "floor")]
-        by_ratio.plot([float(c["network"]) for c in single], [c["distance"] for c in single], "x",
-                      color="black", label="networks of one ratio")
-        by_ratio.set(xlabel="BNR", ylabel="Frechet distance")
-        by_ratio.set_xscale("symlog", linthresh=0.1)
-        by_ratio.legend()
-        if len(nfes) > 1:
+        figure, axes = plt.subplots(len(tables), 2, squeeze=False,
+                                    figsize=(12, 4.5 * len(tables)))
+        for (by_ratio, by_nfe), (title, floor, some) in zip(axes, tables):
+            for (solver,), same in groups(some, "solver").items():
+                of_ratios = [c for c in same if c["network"] == "any" and c["bnr"] is not None]
+                top = max(c["nfe"] for c in same)
+                plot_at_ratios(by_ratio, [c for c in same if c["nfe"] == top], f"{solver} {top}")
+                for (bnr,), of_one in sorted(groups(of_ratios, "bnr").items()):
+                    plot_means(by_nfe, of_one, "nfe", f"{solver}, BNR {bnr:g}")
+            for cell in floor:
+                by_ratio.axhline(cell["distance"], color="grey", ls=":", label="floor")
+            by_ratio.set(xlabel="BNR", ylabel="Frechet distance", title=title)
+            by_ratio.set_xscale("symlog", linthresh=0.1)
             by_nfe.set(xlabel="NFE", ylabel="Frechet distance")
-            by_nfe.legend(fontsize="small")
+            for a in (by_ratio, by_nfe):
+                a.legend(fontsize="small")
         return figure
-    plotted(cells.png, draw)
+    if tables:                                                  # more than a floor
+        plotted(cells.png, draw)
+
+
+def plot_at_ratios(axes, cells, label):
+    of_ratios = [c for c in cells if c["network"] == "any" and c["bnr"] is not None]
+    color = plot_means(axes, of_ratios, "bnr", label)
+    single = [c for c in cells if c["network"] != "any"]
+    if single:
+        axes.plot([float(c["network"]) for c in single], [c["distance"] for c in single], "x",
+                  color=color, label=f"{label}, networks of one ratio")
+    for (path,), of_path in groups([c for c in cells if c["path"]], "path").items():
+        axes.axhline(mean([c["distance"] for c in of_path]), color=color, ls="--",
+                     label=f"{label}, {path} path")
 
 
 def plot_means(axes, cells, x, label):
+    """A line of the means and a point a cell, in the colour that is returned."""
     places = sorted({c[x] for c in cells})
-    means = [mean([c["distance"] for c in cells if c[x] == p]) for p in places]
-    line, = axes.plot(places, means, label=label)
-    axes.plot([c[x] for c in cells], [c["distance"] for c in cells], ".", color=line.get_color())
+    means = [mean([c["distance"] for c in cells if c[x] == place]) for place in places]
+    drawn_line, = axes.plot(places, means, label=label)
+    color = drawn_line.get_color()
+    axes.plot([c[x] for c in cells], [c["distance"] for c in cells], ".", color=color)
+    return color
 
 
 def main():
@@ -174,8 +217,6 @@ def main():
         cells = Cells(args, "sweep")
         if not args.plot_only:
             compute(args, cells)
-        if not cells.cells:
-            raise UserError(f"{cells.file} has no results yet: leave out --plot-only")
         table(cells)
         draw_plot(cells)
 
