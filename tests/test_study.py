@@ -101,6 +101,7 @@ def test_each_program_prints_its_table_and_a_second_start_computes_nothing(name,
         raise AssertionError("a network runs again")
     monkeypatch.setattr(torch.nn.Module, "__call__", refuse)
     monkeypatch.setattr(study.common, "plt", None)
+    study.common.trained.cache_clear()
     shutil.rmtree(folder / "runs", ignore_errors=True)
     before = file.read_bytes()
     code, again, err = start(name, *args)
