@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import load
-from degrade import ColdPath, degrade
+from degrade import ColdPath, cosines, degrade
 from model import load_model
 from sample import (evaluate, noise_estimate, sampling_path, seed_list, seed_noise,
                     slope_correction, solve, step, time_steps)
@@ -42,31 +42,46 @@ class Reader(nn.Module):
     """reader(x [B, C, H, W] of any float type) -> sigma [B], float64: the noise in each image.
 
     sigma = rho exp(g(x / rho)), rho the root mean square of x, so that reader(c x) = c reader(x).
-    g is four convolutions without norms, which would hide how strong the noise is, and at most 0:
-    where the noise drowns the image, rho is the answer.
+    g is small convolutions without norms, which would hide how strong the noise is, and at most 0:
+    where the noise drowns the image, rho is the answer. It sees the power of linear filters, which
+    pass the less of the image the higher their frequency, and of features that see the image. The
+    mean of the logarithm is that of the flat parts of an image, where noise shows first.
     """
 
     def __init__(self, channels):
         super().__init__()
+        self.filters = nn.Conv2d(channels, 9 * channels, 3, bias=False)
+        across, patch = cosines(channels, "cpu").float(), cosines(3, "cpu").float()
+        start = torch.einsum("ac,ih,jw->aijchw", across, patch, patch)          # the DCT of a patch
+        self.filters.weight.data.copy_(start.reshape(self.filters.weight.shape))
         self.convs = nn.ModuleList([nn.Conv2d(channels, 32, 3, padding=1),
-                                    nn.Conv2d(32, 32, 3, padding=1),
                                     nn.Conv2d(32, 48, 3, padding=1, stride=2),
                                     nn.Conv2d(48, 48, 3, padding=1)])
-        self.last = nn.Linear(3 * 48, 1)
+        self.last = nn.Linear(2 * 9 * channels + 3 * 48, 1)
+        # it starts as what the highest filter says: in white noise of deviation sigma, the mean
+        # logarithm of the square is 2 ln sigma - 1.27
+        nn.init.zeros_(self.last.weight)
+        nn.init.constant_(self.last.weight[:, 18 * channels - 1], -0.5)
+        nn.init.constant_(self.last.bias, -1.27 / 2)
 
     def forward(self, x):
         rho = x.double().square().mean((1, 2, 3)).sqrt().clamp(min=1e-30)       # [B]
         f = (x / rho[:, None, None, None]).float()
+        filtered = self.filters(f)                              # [B, 9 C, H - 2, W - 2]
         for conv in self.convs:
             f = F.silu(conv(f))                                 # [B, 48, H / 2, W / 2] at the end
-        power = f.square() + 1e-8
-        # the mean of the logarithm sees flat parts of an image, where noise shows first
-        features = [f.mean((2, 3)), power.mean((2, 3)).log(), power.log().mean((2, 3))]
-        g = -F.softplus(self.last(torch.cat(features, 1))[:, 0])                # [B]
+        features = torch.cat([*log_power(filtered), *log_power(f), f.mean((2, 3))], 1)
+        g = -F.softplus(self.last(features)[:, 0])
         return rho * g.double().exp()
 
 
-def train_reader(images, path, duration, device, seed=0, batch=128, lr=2e-3):
+def log_power(f):
+    """The logarithm of the mean square, and the mean logarithm of the square: [B, C] each."""
+    power = f.square() + 1e-8
+    return power.mean((2, 3)).log(), power.log().mean((2, 3))
+
+
+def train_reader(images, path, duration, device, seed=0, batch=128, lr=5e-3):
     """A reader for images (uint8 or float) degraded along path. duration: kimg.
 
     Least squares in ln sigma. The levels are uniform in their logarithm, and a factor of two wider
@@ -78,7 +93,8 @@ def train_reader(images, path, duration, device, seed=0, batch=128, lr=2e-3):
     reader = Reader(c).to(device)
     steps = max(1, round(duration * 1000 / batch))
     optimizer = torch.optim.Adam(reader.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min(1, 20 * (i + 1) / steps) * (1 - i / steps))
     t_min, t_max = path.t_range(h, w)
     bar = tqdm(range(steps), "reader", unit_scale=batch, unit="img")
     for i in bar:
@@ -257,8 +273,8 @@ def options():
       help="for a model of --bnr any: the ratio; with --table several (default 0.5; 0 and 0.5)")
     a("--path", choices=["blurring"], help="for a model of --bnr any: that path instead of a ratio")
     a("--data", help="as for train.py (default the model's)")
-    a("--duration", type=number(float, 0.001), default=120.,
-      help="kimg to train a reader for (default 120)")
+    a("--duration", type=number(float, 0.001), default=80.,
+      help="kimg to train a reader for (default 80)")
     a("--sample", action="store_true", help="draw a grid of samples that are told nothing")
     a("--seeds", type=seed_list, default="0-63", help="one image a seed (default 0-63)")
     a("--steps", type=number(int, 1, 10000), default=18, help="of --sample (default 18)")
