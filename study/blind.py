@@ -268,8 +268,7 @@ def options():
                         "Without --sample and --table it is trained, and the mean and the spread "
                         "of its errors are printed.")
     a = p.add_argument
-    a("--ckpt", nargs="+", required=True,
-      help="the model: ema.pt of train.py; with --table several")
+    a("--ckpt", nargs="+", help="the model: ema.pt of train.py; with --table several")
     a("--bnr", type=number(float, 0), nargs="+",
       help="for a model of --bnr any: the ratio; with --table several (default 0.5; 0 and 0.5)")
     a("--path", choices=["blurring"], help="for a model of --bnr any: that path instead of a ratio")
@@ -284,14 +283,17 @@ def options():
     a("--out", help="the grid (default blind-grid.png beside the model)")
     a("--table", action="store_true", help="compare blind and told samples, by Frechet distance")
     a("--nfe", type=number(int, 1), nargs="+", default=[35, 17, 9],
-      help="of --table, with Heun, odd numbers (default 35 17 9)")
+      help="of --table; Heun takes odd numbers, so one fewer where even (default 35 17 9)")
     a("--samples", type=number(int, 50), default=1000, help="a cell (default 1000)")
     a("--draws", type=number(int, 1), default=2,
       help="draws of samples at the highest NFE (default 2)")
     add_device_option(p)
     args = p.parse_args()
+    if not args.ckpt and not args.plot_only:
+        p.error("--ckpt is needed: the model, ema.pt of train.py")
     if args.bnr and args.path:
         p.error("--bnr and --path are two ways to choose the path: give one of them")
+    args.nfe = [n - 1 + n % 2 for n in args.nfe]
     if args.quick:
         args.duration, args.samples, args.nfe, args.draws = 0.256, 50, [3], 1
         args.table = not args.sample

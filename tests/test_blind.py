@@ -211,28 +211,40 @@ def small_measure(monkeypatch):
 def test_the_tables_from_the_command_line(tmp_path, monkeypatch, capsys, small_measure):
     monkeypatch.chdir(tmp_path)
     checkpoint = trained(tmp_path, "--bnr", "any")
-    quick = ["--quick", "--ckpt", checkpoint, "--results", tmp_path / "results"]
+    quick = ["--quick", "--ckpt", checkpoint, "--bnr", 0.5, "--results", tmp_path / "results"]
     go(monkeypatch, *quick)
     printed = capsys.readouterr().out
     file = tmp_path / "results/quick/blind.jsonl"
     cells = [json.loads(line) for line in file.read_text().splitlines()]
-    assert {c["curve"] for c in cells if c["kind"] == "reading"} == {"BNR 0", "BNR 0.5", "BNR 2"}
+    assert {c["curve"] for c in cells if c["kind"] == "reading"} == {"BNR 0.5", "BNR 2"}
     samples = [c for c in cells if c["kind"] == "samples"]
-    assert len(samples) == 2 * 2 * 6                # curves; told, blind; starts
+    assert len(samples) == 2 * 6                    # told, blind; starts
     assert all(len(c["levels"]) == (2 if c["blind"] else 0) for c in samples if c["half_way"] == 1)
     for words in ("not seen: mean, spread", "over the schedule's", "told; blind; blind - told",
                   "x 0.5 at the start", "x 1.5 half-way"):
         assert printed.count(words) >= 1, words
     before = file.read_bytes()
-    go(monkeypatch, *quick, "--plot-only")
+    go(monkeypatch, "--quick", "--results", tmp_path / "results", "--plot-only")
     again = capsys.readouterr().out
     assert file.read_bytes() == before and again[:again.index(".png")].splitlines()[:-1] == \
         printed[printed.index("\nread sigma over"):printed.index(".png")].splitlines()[:-1]
 
 
+def noting(function, given):
+    def noted(*args):
+        given.append(next(a for a in args if isinstance(a, torch.Tensor)))
+        return function(*args)
+    return noted
+
+
 def test_a_reader_is_kept_as_plain_tensors_and_samples(tmp_path, monkeypatch, capsys):
     checkpoint = trained(tmp_path, "--bnr", "0.5")
+    given = []
+    for name in ("train_reader", "reading_errors"):             # which images each of them gets
+        monkeypatch.setattr(blind, name, noting(getattr(blind, name), given))
     go(monkeypatch, "--ckpt", checkpoint, "--duration", 0.256)
+    trained_on, tested_on = ({image.numpy().tobytes() for image in images} for images in given)
+    assert len(trained_on) == 54 and len(tested_on) == 6 and not trained_on & tested_on
     assert "BNR 0.5: read sigma over sigma" in capsys.readouterr().out
     file = tmp_path / "run/blind.pt"
     kept = torch.load(file, weights_only=True)
@@ -265,3 +277,5 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, monkeypatch, capsy
                         (["--bnr", 1, 2], "give one"), (["--ckpt", tmp_path / "no.pt"], "no.pt")):
         line, = refusal(monkeypatch, capsys, "--ckpt", checkpoint, *argv)
         assert words in line
+    line, = refusal(monkeypatch, capsys)
+    assert "--ckpt is needed" in line
