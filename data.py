@@ -263,8 +263,8 @@ def load_files(path, resolution, folder):
     the processes of a machine share them, and only what is used has to fit.
     """
     with readable(path):
-        key = repr((VERSION, fingerprint(path), resolution))
-    digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:12]
+        key = repr((VERSION, fingerprint(path), resolution)).encode()
+    digest = hashlib.sha256(key).hexdigest()[:12]
     kept = Path(folder, f"images-{path.stem}-{digest}.npy")
     try:
         images = np.load(kept, mmap_mode="c", allow_pickle=False)

@@ -267,6 +267,13 @@ def refuse_special(filename):
             raise UserError(f"{filename} is a device or a pipe: give a file")
 
 
+def writable_folder(folder):
+    """Makes the folder where it is missing. Raises UserError where nothing can be written there."""
+    os.makedirs(folder, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} is not a folder that can be written to")
+
+
 @contextlib.contextmanager
 def atomic_write(filename, mode="wb"):
     """A file to write in. It is flushed to disk and renamed to filename when it is complete, so
@@ -353,7 +360,7 @@ def locked(folder):
     if rank() > 0 or fcntl is None:
         yield
         return
-    os.makedirs(folder, exist_ok=True)
+    writable_folder(folder)
     with open(f"{folder}/.lock", "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
