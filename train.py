@@ -120,7 +120,7 @@ def options(argv=None):
     a("--fid-weights", help="the FID network's weights (default: fetched once into data/)")
     given = p.parse_args(argv)
     if given.resume:
-        p.set_defaults(**options_of_run(p, given.resume), out=given.resume)
+        p.set_defaults(**{**options_of_run(p, given.resume), "out": given.resume})
     else:
         preset = given.preset or ("cifar10" if given.data == "cifar10" else "tiny")
         p.set_defaults(**PRESETS[preset], preset=preset)
@@ -133,13 +133,12 @@ def options(argv=None):
 
 def options_of_run(parser, folder):
     """What write_options has written. The device is that of this machine."""
+    known = {action.dest for action in parser._actions} - {"device"}
     try:
         with open(f"{folder}/options.json") as f:
-            saved = json.load(f)
-    except (OSError, ValueError):
+            return {k: v for k, v in json.load(f).items() if k in known}
+    except (OSError, ValueError, AttributeError):
         parser.error(f"--resume {folder}: it holds no run (a readable options.json)")
-    known = {action.dest for action in parser._actions} - {"device"}
-    return {k: v for k, v in saved.items() if k in known}
 
 
 def bnr(text):

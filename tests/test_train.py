@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import sample
 import train
 from data import Images, epoch, leaves, shuffled
@@ -700,6 +701,7 @@ def test_an_interrupted_drawing_keeps_what_is_drawn(trained, tmp_path, monkeypat
 def test_bad_options(trained, images, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "leaves", lambda n, size: torch.zeros(n, 3, size, size).byte())
     cases = [
         (["--bnr", "-1"], ["--bnr", "-1"]),
         (["--bnr", "nan"], ["--bnr", "nan", "inf or any"]),
