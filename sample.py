@@ -306,8 +306,8 @@ def interpolation(words):
     match = re.fullmatch(r"(\d{1,18})-(\d{1,18}) (\d{1,6})", " ".join(words))
     first, last, n = map(int, match.groups()) if match else (0, 0, 0)
     if first == last or n < 2:
-        raise UserError("--interpolate takes two different seeds and a number of at least 2 images, "
-                        f"like 3-8 10, not {' '.join(words)}")
+        raise UserError("--interpolate takes two different seeds and at least 2 images, like "
+                        f"3-8 10, not {' '.join(words)}")
     return first, last, n
 
 

@@ -112,7 +112,7 @@ def warn(text):
 
 
 def discard(*streams):
-    """From now on, what is written to those that nobody reads vanishes, also at the program's end."""
+    """From now on, what is written to those that nobody reads vanishes, to the very end."""
     for stream in streams:
         try:
             stream.flush()

@@ -475,8 +475,9 @@ def test_what_cannot_be_scored_is_one_line(folder, weights, tmp_path, monkeypatc
     before = [
         (["images.npz", "--ref", folder], "not uint8"),
         ([folder, "--ref", "images.npz"], "not uint8"),
-        (["pipe", "--ref", folder], "pipe is a device"), ([folder, "--ref", "pipe.npz"], "a device"),
-        (["--ckpt", "pipe", "--ref", folder], "a device"), (["", "--ref", folder], "samples must not"),
+        (["pipe", "--ref", folder], "a device"), ([folder, "--ref", "pipe.npz"], "a device"),
+        (["--ckpt", "pipe", "--ref", folder], "a device"),
+        (["", "--ref", folder], "samples must not be empty"),
         (["empty", "--ref", folder], "no images"), ([folder, "--ref", "empty"], "no images"),
         (["none", "--ref", folder], "does not exist"),
         ([folder, "--ref", "none"], "does not exist"),

@@ -670,7 +670,7 @@ def test_variations_an_interpolation_and_a_folder_that_is_used_again(trained, tm
 
 
 def test_a_walk_between_two_seeds_stays_unit_normal():
-    """Its places lie at nearly equal angles; between linear ones, they would be small and uneven."""
+    """Its places lie at nearly equal angles; a straight line would be uneven and short."""
     x = sample.walk(3, 8, 5)(range(5), (3, 16, 16))().flatten(1)
     torch.testing.assert_close(x[[0, 4]], sample.seed_noise([3, 8], (3, 16, 16))().flatten(1))
     unit = x / x.norm(dim=1, keepdim=True)
