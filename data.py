@@ -6,15 +6,19 @@
 import bz2
 import contextlib
 import gzip
+import hashlib
 import io
+import json
 import lzma
 import math
-import sys
+import os
 import tarfile
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -25,7 +29,7 @@ from tqdm import tqdm
 
 from degrade import dct2, idct2
 from util import (Parser, UserError, atomic_write, crop_and_resize, fetch, normalize, number,
-                  open_upright, save_grid, seed_for, to_uint8)
+                  open_upright, refuse_special, save_grid, say, seed_for, to_uint8, warn)
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -33,6 +37,9 @@ CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 TAR_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 UNPACK_LIMIT = 2 ** 29                          # bytes that every archive may unpack to
+KEEP_FROM = 2 ** 26                             # bytes of decoded images that are worth a file
+NPY_HEADER = 128                                # its length in bytes
+VERSION = 1                                     # of how images are decoded
 
 
 @dataclass
@@ -57,7 +64,8 @@ class Images:
     def colour(self):
         """The Gaussian of the images' mean colours, as lists: {"mean": [C], "cov": [C][C]}."""
         n, c, h, w = self.images.shape
-        colours = self.images.sum((2, 3), dtype=torch.float64) / (h * w)        # [N, C]
+        parts = self.images.split(4096)                         # a whole float copy may not fit
+        colours = torch.cat([p.sum((2, 3), dtype=torch.float64) for p in parts]) / (h * w)
         if self.images.dtype == torch.uint8:
             colours = colours / 127.5 - 1
         cov = colours.T.cov(correction=0).reshape(c, c)
@@ -69,7 +77,8 @@ def mean_and_std(channel):
     if channel.dtype != torch.uint8:
         return channel.double().mean(), channel.double().std(unbiased=False)
     # a histogram is exact and needs no float copy of the data
-    p = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+    parts = channel.split(4096)
+    p = sum(torch.bincount(part.flatten(), minlength=256) for part in parts) / channel.numel()
     value = normalize(torch.arange(256, dtype=torch.uint8))
     mean = (p * value).sum()
     return mean, (p * (value - mean) ** 2).sum().sqrt()
@@ -86,7 +95,7 @@ def load(spec, resolution=None, folder="data"):
         return load_leaves(resolution or 16, folder)
     if spec == "cifar10":
         return load_cifar10(resolution, folder)
-    return load_files(Path(spec), resolution)
+    return load_files(Path(spec), resolution, folder)
 
 
 # Batches
@@ -247,34 +256,97 @@ def load_cifar10(resolution, folder):
 
 # Folders and archives of images. Archives may be hostile: they are read, never unpacked to disk.
 
-def load_files(path, resolution):
-    """A folder, zip or tar as Images. A file that cannot be read is skipped and named on stderr."""
-    arrays, parents, skipped = [], [], []
+def load_files(path, resolution, folder):
+    """A folder, zip or tar as Images. A file that cannot be read is skipped and named on stderr.
+
+    Many images are decoded once, kept in folder until their files change, and mapped into memory:
+    the processes of a machine share them, and only what is used has to fit.
+    """
     with readable(path):
-        for name, read in tqdm(image_files(path), "decoding", unit=" images"):
-            try:
-                image = decode(read(), resolution)
-            except Exception as e:                              # decoders raise nearly anything
-                tqdm.write(f"skipped {name}: {e}", file=sys.stderr)
+        key = repr((VERSION, fingerprint(path), resolution)).encode()
+    digest = hashlib.sha256(key).hexdigest()[:12]
+    kept = Path(folder, f"images-{path.stem}-{digest}.npy")
+    try:
+        images = np.load(kept, mmap_mode="c", allow_pickle=False)
+        parents, skipped = json.loads(kept.with_suffix(".json").read_text())
+    except (OSError, ValueError, EOFError):                     # the first time
+        try:
+            images, parents, skipped = decode_files(path, resolution, kept)
+        except ColourAfterGrey:
+            images, parents, skipped = decode_files(path, resolution, kept, channels=3)
+    if skipped:
+        warn(f"{path}: {len(skipped)} of {len(skipped) + len(parents)} images skipped")
+    classes = sorted(set(parents))
+    places = {name: i for i, name in enumerate(classes)}
+    labels = torch.tensor([places[parent] for parent in parents])
+    return Images(torch.from_numpy(images), labels, classes, path.name, skipped)
+
+
+class ColourAfterGrey(Exception):
+    """Among RGB images grey becomes RGB, and those before were written as grey."""
+
+
+def decode_files(path, resolution, kept, channels=None):
+    """The images, uint8 [N, C, H, W], the folder of each and the names of the skipped files. From
+    KEEP_FROM bytes on they are written to the file `kept`, and the rest beside it."""
+    parents, skipped, shape, limit = [], [], None, KEEP_FROM
+    file = memory = io.BytesIO(bytes(NPY_HEADER))
+    file.seek(0, io.SEEK_END)
+    with contextlib.ExitStack() as stack:
+        for name, image in decoded(path, resolution):
+            if isinstance(image, Exception):
+                warn(f"skipped {name}: {image}")
                 skipped.append(name)
                 continue
-            if arrays and image.shape[:2] != arrays[0].shape[:2]:
+            image = np.atleast_3d(image).transpose(2, 0, 1)     # [1 or 3, H, W]
+            shape = shape or (channels or len(image), *image.shape[1:])
+            if image.shape[1:] != shape[1:]:
                 raise UserError(f"{name} and the first image have different sizes: give a "
                                 "resolution to crop and resize them to")
-            arrays.append(image)
+            if len(image) > shape[0]:
+                raise ColourAfterGrey
+            file.write(np.broadcast_to(image, shape).tobytes())
             parents.append(PurePosixPath(name).parent.name)
-    if skipped:
-        total = len(skipped) + len(arrays)
-        print(f"{path}: {len(skipped)} of {total} images skipped", file=sys.stderr)
-    if not arrays:
-        raise UserError(f"{path} contains no readable image ({', '.join(sorted(EXTENSIONS))})")
-    if any(a.ndim == 3 for a in arrays):                        # among RGB images grey becomes RGB
-        arrays = [a if a.ndim == 3 else np.repeat(a[:, :, None], 3, 2) for a in arrays]
-    stack = torch.from_numpy(np.stack(arrays))                  # [N, H, W] or [N, H, W, 3]
-    images = stack.permute(0, 3, 1, 2).contiguous() if stack.ndim == 4 else stack[:, None]
-    classes = sorted(set(parents))
-    labels = torch.tensor([classes.index(p) for p in parents])
-    return Images(images, labels, classes, path.name, skipped)
+            if file is memory and file.tell() > limit:
+                try:
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    file = stack.enter_context(atomic_write(kept))
+                    file.write(memory.getbuffer())
+                except OSError as e:
+                    warn(f"the decoded images cannot be kept in {kept.parent} ({e.strerror})")
+                    limit = math.inf
+        if not parents:
+            raise UserError(f"{path} contains no readable image ({', '.join(sorted(EXTENSIONS))})")
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(parents), *shape)}
+        file.seek(0)                                            # known only now; NumPy's version 1
+        file.write(b"\x93NUMPY\1\0" + (NPY_HEADER - 10).to_bytes(2, "little"))
+        file.write(f"{str(header):{NPY_HEADER - 11}}\n".encode())
+    if file is memory:
+        images = np.frombuffer(memory.getbuffer(), np.uint8, offset=NPY_HEADER)
+        return images.reshape(header["shape"]), parents, skipped
+    with atomic_write(kept.with_suffix(".json"), "w") as f:
+        json.dump([parents, skipped], f)
+    return np.load(kept, mmap_mode="c"), parents, skipped
+
+
+def decoded(path, resolution):
+    """Yields the name of each image file with its image, or with the exception that it raised.
+    Files are read in order, and decoded on all cores."""
+    def attempt(f, *args):
+        try:
+            return f(*args)
+        except Exception as e:                                  # decoders raise nearly anything
+            return e
+
+    def image(data):
+        return data if isinstance(data, Exception) else attempt(decode, data, resolution)
+    cores = os.cpu_count() or 1
+    with readable(path), ThreadPoolExecutor(cores) as pool:
+        files = tqdm(image_files(path), "decoding", unit=" images")
+        pairs = ((name, attempt(read)) for name, read in files)
+        while some := list(islice(pairs, 4 * cores)):
+            names, data = zip(*some)
+            yield from zip(names, pool.map(image, data))
 
 
 def decode(data, resolution):
@@ -301,16 +373,53 @@ def image_files(path):
     Raises UserError, and the errors that readable catches.
     """
     if path.is_dir():
-        files = [f for f in sorted(path.rglob("*")) if is_image(f.name) and f.is_file()]
+        found = folder_images(path)
         # the class of an image that lies directly in the folder is the folder
-        roots = [path.parent if f.parent == path else path for f in files]
-        return [(f.relative_to(root).as_posix(), f.read_bytes) for f, root in zip(files, roots)]
+        roots = [path.parent if f.parent == path else path for f, _ in found]
+        return [(f.relative_to(root).as_posix(), read) for (f, read), root in zip(found, roots)]
+    refuse_special(path)
     if not path.exists():
         raise UserError(f"{path} does not exist: give leaves, cifar10, or a folder, zip or tar of "
                         "images")
     if is_image(path.name):
         raise UserError(f"{path} is one image: give the folder that contains it")
     return zip_images(path) if zipfile.is_zipfile(path) else tar_images(path)
+
+
+def folder_images(path):
+    """Pairs as those of image_files, sorted. Links are followed, into each folder once. What cannot
+    be read is among the pairs, too, so that it is named like any other file."""
+    found, seen = {}, set()
+
+    def refuse(file, reason):
+        def read():
+            raise ValueError(reason)
+        found[Path(file)] = read
+
+    def read_file(file):
+        refuse_special(file)
+        return file.read_bytes()
+    for folder, subfolders, names in os.walk(
+            path, followlinks=True, onerror=lambda e: refuse(e.filename, e.strerror)):
+        real = os.path.realpath(folder)
+        if real in seen:
+            refuse(folder, "a link to a folder that is read already")
+            subfolders.clear()
+        else:
+            found.update((Path(folder, name), None) for name in names if is_image(name))
+        seen.add(real)
+        subfolders.sort()
+    return [(f, found[f] or partial(read_file, f)) for f in sorted(found)]
+
+
+def fingerprint(path):
+    """The names, sizes and times of the files that image_files reads. path: pathlib.Path."""
+    def facts(file):
+        with contextlib.suppress(OSError):
+            return file.stat().st_size, file.stat().st_mtime_ns
+    if path.is_dir():
+        return path.name, [(str(f.relative_to(path)), facts(f)) for f, _ in folder_images(path)]
+    return path.name, facts(path)
 
 
 def zip_images(path):
@@ -335,24 +444,29 @@ def tar_images(path):
     def read(member):
         refuse_link(not member.isfile())
         return tar.extractfile(member).read()
-    with opener(path, "rb") as f, tarfile.open(fileobj=BoundedFile(f, path), mode="r:") as tar:
+    with opener(path, "rb") as f:
+        file = BoundedFile(f, path)
+        tar = tarfile.open(fileobj=file, mode="r:")
         for member in tar:
             refuse_outside(path, member.name)
             if is_image(member.name) and not member.isdir():
                 bounded(path, member.size)                      # a sparse one may hold few bytes
                 yield member.name, partial(read, member)
+        if file.last != bytes(512):                             # where tarfile ends without a word
+            raise UserError(f"{path} is cut short or damaged: copy it again")
 
 
 class BoundedFile:
     """An unpacked tar that cannot be read beyond the limit of `bounded`: even a header may claim
-    that it is gigabytes long."""
+    that it is gigabytes long. last: what was read last; at a tar's end, zeros."""
 
     def __init__(self, file, path):
         self.file, self.path, self.tell = file, path, file.tell
 
     def read(self, n):
         bounded(self.path, self.tell() + n)
-        return self.file.read(n)
+        self.last = self.file.read(n)
+        return self.last
 
     def seek(self, position):
         bounded(self.path, position)
@@ -404,7 +518,7 @@ def main():
         if args.augment:
             images = to_uint8(augment(normalize(images), args.augment)[0])
         save_grid(images, args.out)
-        print(f"{args.out}: {data.facts()}")
+        say(f"{args.out}: {data.facts()}")
 
 
 if __name__ == "__main__":

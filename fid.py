@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import math
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -21,18 +20,19 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import bounded, decode, image_files, load, readable
+from data import bounded, decode, fingerprint, image_files, load, readable
 from model import load_model
 from sample import generate, sampler, sampler_options, sampling_path
 from util import (Parser, UserError, atomic_write, crop_and_resize, fetch, full_float32, number,
-                  process_group, rank, rank_0_first, to_uint8, world_size)
+                  or_a_warning, printable, process_group, rank, rank_0_first, refuse_special, say,
+                  to_uint8, warn, world_size)
 
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")
 WEIGHTS_SHA256 = "6726825d"                     # its first digits
 WIDTH = 2048                                    # features of an image
 NATIVE_RESOLUTION = {"cifar10": 32, "leaves": 16}               # of the data sets with a name
-VERSION = 2                                     # of how images are read, for what is kept of them
+VERSION = 3                                     # of how images are read, for what is kept of them
 
 
 # The distance and the statistics that it needs
@@ -98,9 +98,15 @@ def merged(n, mean, scatter):
 def statistics(batches, net, resize, digest, source, batch=256):
     """Uint8 batches [B, 1 or 3, H, W] -> mu, sigma and how they were made, in the layout of the
     statistics files of EDM and pytorch-fid. net, digest: see load_inception."""
-    mu, sigma, n = mean_and_covariance(batches, partial(net, resize=resize), batch)
+    sizes = set()
+
+    def noted():
+        for images in batches:
+            sizes.add("{} x {}".format(*images.shape[2:]))
+            yield images
+    mu, sigma, n = mean_and_covariance(noted(), partial(net, resize=resize), batch)
     return {"mu": mu, "sigma": sigma, "num": n, "source": source, "resize": resize,
-            "weights": digest}
+            "weights": digest, "size": sizes.pop() if len(sizes) == 1 else "several sizes"}
 
 
 # The network
@@ -256,7 +262,9 @@ def load_inception(weights=None, device="cpu", folder="data"):
     """The network and the SHA-256 of its weights file, which is fetched once into folder.
     weights: instead, a file of the same layout. Raises UserError."""
     path = Path(weights or f"{folder}/{WEIGHTS_URL.rsplit('/', 1)[1]}")
-    if not weights:
+    if weights:
+        refuse_special(path)
+    else:
         fetch(WEIGHTS_URL, path, "sha256", WEIGHTS_SHA256, "or name a file with --weights")
     net = InceptionV3()
     try:
@@ -277,11 +285,12 @@ def saved_statistics(spec):
     """The statistics in spec, where it is a statistics file; None where it holds images, which are
     not read yet. Raises UserError where spec is missing or of another type."""
     path = Path(spec)
-    if path.suffix == ".npz":
-        return read_statistics(path)
-    if path.suffix == ".npy":
-        read_array(path)                                        # only its header
-    elif spec not in NATIVE_RESOLUTION:
+    if path.suffix in (".npy", ".npz"):
+        found = read_statistics(path) if path.suffix == ".npz" else None
+        if found is None:
+            read_array(path)                                    # of a .npy, only its header
+        return found
+    if spec not in NATIVE_RESOLUTION:
         with readable(path):
             if next(iter(image_files(path)), None) is None:
                 raise UserError(f"{spec} holds no images")
@@ -290,7 +299,8 @@ def saved_statistics(spec):
 
 def read_statistics(path):
     """An .npz of mu [2048] and sigma [2048, 2048] -> dict; None where it holds images."""
-    facts = {"num": int, "resolution": int, "source": str, "resize": str, "weights": str}
+    facts = {"num": int, "resolution": int, "source": str, "resize": str, "weights": str,
+             "size": str}
     with numpy_errors(path), np.load(path, allow_pickle=False) as z:
         if not {"mu", "sigma"} <= set(z.files):
             return None
@@ -339,6 +349,7 @@ def read_array(path):
 @contextlib.contextmanager
 def numpy_errors(path):
     """Turns what np.load raises for a missing or damaged file into a UserError."""
+    refuse_special(path)
     try:
         yield
     except UserError:
@@ -357,37 +368,29 @@ def check_comparable(saved, spec, resolution, resize, digest):
             raise UserError(f"{spec} was made with {what} {saved[what]}, not {asked}: give the "
                             "images themselves, or the same option")
     if "resize" not in saved and rank() == 0:
-        print(f"warning: {spec} does not say with which resize rule, weights and resolution it was "
-              "made", file=sys.stderr)
+        warn(f"warning: {spec} does not say with which resize rule, weights and resolution it was "
+             "made")
 
 
 def reference_statistics(spec, resolution, net, resize, digest, batch=256, folder="data"):
     """The statistics of all images of spec. They are kept in folder, and reused as long as the
     files, the resolution, the resize rule and the weights are the same. Raises UserError."""
     resolution = resolution or NATIVE_RESOLUTION.get(spec, 0)
-    key = repr((VERSION, fingerprint(spec), resolution, resize, digest))
-    name = f"fid-{Path(spec).stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npz"
-    kept = Path(folder, name)
+    files = None if spec in NATIVE_RESOLUTION else fingerprint(Path(spec).resolve())
+    key = repr((VERSION, str(spec), files, resolution, resize, digest)).encode()
+    kept = Path(folder, f"fid-{Path(spec).stem}-{hashlib.sha256(key).hexdigest()[:12]}.npz")
     if kept.exists():
         return read_statistics(kept)
     source = "cifar10, training split" if spec == "cifar10" else str(spec)
     batches = read_batches(spec, resolution, batch=batch)
     stats = {**statistics(batches, net, resize, digest, source, batch), "resolution": resolution}
     if rank() == 0 and stats["num"] == count(image_readers(spec, resolution)):  # no file is broken
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(kept) as f:
-            np.savez(f, **stats)
-        tqdm.write(f"statistics kept as {kept}", file=sys.stderr)
+        with or_a_warning(kept):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(kept) as f:
+                np.savez(f, **stats)
+            warn(f"statistics kept as {kept}")
     return stats
-
-
-def fingerprint(spec):
-    """What kept statistics are of: the path, and the names, sizes and times of its files."""
-    if spec in NATIVE_RESOLUTION:
-        return spec
-    path = Path(spec).resolve()
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return str(path), [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
 def read_batches(spec, resolution=0, num=None, batch=256):
@@ -399,7 +402,7 @@ def read_batches(spec, resolution=0, num=None, batch=256):
         mine = set(np.sort(chosen)[rank()::world_size()].tolist())
         if not isinstance(readers, list):                       # a tar: again, from its start
             readers = image_readers(spec, resolution)
-        bar = tqdm(desc=str(spec), total=len(mine), unit=" images", disable=rank() > 0)
+        bar = tqdm(desc=printable(spec), total=len(mine), unit=" images", disable=rank() > 0)
         waiting = []                                            # [3, H, W] each
         for i, (name, read) in enumerate(readers):
             if i not in mine:
@@ -408,7 +411,7 @@ def read_batches(spec, resolution=0, num=None, batch=256):
             try:
                 image = torch.from_numpy(np.atleast_3d(np.array(read())))       # [H, W, 1 or 3]
             except Exception as e:                              # decoders raise nearly anything
-                tqdm.write(f"skipped {name}: {e}", file=sys.stderr)
+                warn(f"skipped {name}: {e}")
                 continue
             image = image.permute(2, 0, 1).expand(3, -1, -1)
             if waiting and (len(waiting) == batch or waiting[0].shape != image.shape):
@@ -520,14 +523,15 @@ def score(args):
     common = {"net": net, "resize": args.resize, "digest": digest, "batch": args.batch}
     ref = saved[args.ref] or reference_statistics(args.ref, resolution, **common)
     result = {"reference": ref["source"], "reference_num": ref["num"], "resolution": resolution,
-              "resize": args.resize, "weights_sha256": digest}
+              "reference_size": ref.get("size"), "resize": args.resize, "weights_sha256": digest}
     if args.samples:
         stats = saved[args.samples] or statistics(
             read_batches(args.samples, resolution, args.num, args.batch), source=args.samples,
             **common)
         return [{"fid": distance(stats, ref), "samples": stats["source"],
-                 "generated": stats["num"], **result}]
-    result.update(samples=args.ckpt, generated=args.num, nfe=nfe, precision=args.precision)
+                 "generated": stats["num"], "size": stats.get("size"), **result}]
+    result.update(samples=args.ckpt, generated=args.num, size="{} x {}".format(*shape[1:]),
+                  nfe=nfe, precision=args.precision)
     result.update((k, v) for k, v in options.items() if k != "colour" and v != math.inf)
     if args.path:
         result["path"] = args.path
@@ -538,6 +542,8 @@ def score(args):
             batches = drawn_batches(model, path, shape, first, args.num, args.device, args.batch,
                                     **options)
             fids.append(distance(statistics(batches, source=args.ckpt, **common), ref))
+            if rank() == 0:                                     # what an interruption leaves
+                warn(f"draw {len(fids)} of {args.draws}: FID {fids[-1]:.4f}")
         std = float(np.std(fids, ddof=1)) if len(fids) > 1 else None
         results.append({**({} if bnr is None else {"bnr": bnr}), "fid": min(fids), "draws": fids,
                         "mean": float(np.mean(fids)), "std": std, **result})
@@ -555,35 +561,38 @@ def report(results, args):
     r = results[0]
     for name, n in (("generated", r["generated"]), ("reference", r["reference_num"])):
         if n is not None and n < 2048:
-            print(f"warning: {n} {name} images make a singular covariance; the FID of so few is "
-                  "not meaningful", file=sys.stderr)
+            warn(f"warning: {n} {name} images make a singular covariance; the FID of so few is not "
+                 "meaningful")
     if r["generated"] is not None and r["generated"] < 50000:
-        print("warning: the FID of fewer than 50,000 generated images is higher; compare it only "
-              "at the same number", file=sys.stderr)
+        warn("warning: the FID of fewer than 50,000 generated images is higher; compare it only at "
+             "the same number")
     if args.json:
-        print(json.dumps(results if args.bnr else r))
+        say(json.dumps(results if args.bnr else r))
         return
     if args.bnr:
-        print(f"{'BNR':>6} {'lowest':>10} {'mean':>10} {'std':>10}")
+        say(f"{'BNR':>6} {'lowest':>10} {'mean':>10} {'std':>10}")
         for row in results:
             std = "-" if row["std"] is None else f"{row['std']:.4f}"
-            print(f"{row['bnr']:>6g} {row['fid']:>10.4f} {row['mean']:>10.4f} {std:>10}")
+            say(f"{row['bnr']:>6g} {row['fid']:>10.4f} {row['mean']:>10.4f} {std:>10}")
     elif args.ckpt:
         spread = "" if r["std"] is None else f" +- {r['std']:.4f}"
-        print(f"draws {', '.join(f'{fid:.4f}' for fid in r['draws'])}; lowest {r['fid']:.4f} (the "
-              f"paper's convention), mean {r['mean']:.4f}{spread}")
+        say(f"draws {', '.join(f'{fid:.4f}' for fid in r['draws'])}; lowest {r['fid']:.4f} (the "
+            f"paper's convention), mean {r['mean']:.4f}{spread}")
     if args.ckpt:
         churn = f"churn {args.churn:g} from {args.s_min:g} to {args.s_max:g}"
         parts = [args.solver, args.path and f"path {args.path}",
                  "label" in r and f"class {r['label']}", f"{r['steps']} steps", f"NFE {r['nfe']}",
                  churn if args.churn else "no churn", args.precision]
-        print("sampler " + ", ".join(filter(None, parts)))
+        say("sampler " + ", ".join(filter(None, parts)))
     generated, reference = ("an unknown number of" if n is None else f"{n:,}"
                             for n in (r["generated"], r["reference_num"]))
     fid = "of " if args.bnr else f"{r['fid']:.4f}   "
     side = f" at {r['resolution']} x {r['resolution']}" if r["resolution"] else ""
-    print(f"FID {fid}{generated} images of {r['samples']} against {reference} of {r['reference']}"
-          f"{side}; resize {r['resize']}, weights {r['weights_sha256'][:8]}")
+    sizes = r["size"], r["reference_size"]
+    if None not in sizes and sizes[0] != sizes[1]:
+        side = f", {sizes[0]} against {sizes[1]}, which is no fair comparison"
+    say(f"FID {fid}{generated} images of {r['samples']} against {reference} of {r['reference']}"
+        f"{side}; resize {r['resize']}, weights {r['weights_sha256'][:8]}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python sample.py --ckpt run/ema.pt --seeds 0-63                  # a PNG a seed in samples/
     python sample.py --ckpt run/ema.pt --seeds 0-2 --strip           # the steps: samples-strip.png
     python sample.py --ckpt run/ema.pt --init cat.png --level 1      # your own, degraded and back
+    python sample.py --ckpt run/ema.pt --interpolate 3-8 10          # from one seed to another
     python sample.py --ckpt any/ema.pt --bnr 0.3                     # a network of --bnr any
 
 Equation numbers are those of the README.
@@ -10,6 +11,8 @@ Equation numbers are those of the README.
 import argparse
 import math
 import os
+import re
+from collections.abc import Sequence
 from functools import partial
 from itertools import zip_longest
 
@@ -22,7 +25,8 @@ from degrade import (AnyBNR, ColdPath, ConstantBNR, attenuation, dct2, degrade, 
                      make_path)
 from model import load_model
 from util import (Parser, UserError, add_device_option, film_strip, full_float32, normalize, number,
-                  process_group, rank, read_image, save_grid, save_image, to_uint8, world_size)
+                  process_group, rank, read_image, save_grid, save_image, say, to_uint8, warn,
+                  world_size, writable_folder)
 
 GAUSS_LEGENDRE = np.polynomial.legendre.leggauss(64)            # nodes in [-1, 1] and weights
 
@@ -155,8 +159,24 @@ def seed_noise(seeds, shape):
                                 for g in generators])
 
 
+def walk(first, last, n):
+    """Like seed_noise, but of n places: from the noise of one seed to that of another, along the
+    great circle, so that the noise stays unit normal."""
+    def places_noise(places, shape):
+        ends = seed_noise([first, last], shape)
+
+        def draw():
+            a, b = ends()
+            angle = torch.acos((a * b).sum() / (a.norm() * b.norm()))
+            shares = [i / (n - 1) for i in places]
+            return torch.stack([(torch.sin((1 - s) * angle) * a + torch.sin(s * angle) * b)
+                                / torch.sin(angle) for s in shares])
+        return draw
+    return places_noise
+
+
 def generate(net, path, shape, seeds, device=None, batch=64, init=None, level=None, label=None,
-             steps=18, colour=None, **options):
+             steps=18, colour=None, noise_of=seed_noise, **options):
     """Yields the images of the seeds, batch by batch: float64 [b, C, H, W], shape = (C, H, W), on
     the device, the net's by default.
 
@@ -167,7 +187,7 @@ def generate(net, path, shape, seeds, device=None, batch=64, init=None, level=No
     device = device or next(net.parameters()).device
     for i in range(0, len(seeds), batch):
         some = seeds[i:i + batch]
-        noise = seed_noise(some, shape)
+        noise = noise_of(some, shape)
         latents = noise().to(device)
         if classes:
             labels = [s % classes if label is None else label for s in some]
@@ -247,23 +267,59 @@ def sampler(args, net, checkpoint):
     return options, nfe
 
 
+class Seeds(Sequence):
+    """Ranges of seeds one after the other, or some places of them; it takes no memory."""
+
+    def __init__(self, ranges, places=None):
+        self.ranges, self.places = ranges, places
+        if places is None:
+            self.places = range(sum(r.stop - r.start for r in ranges))
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return Seeds(self.ranges, self.places[i])
+        place = self.places[i]
+        for r in self.ranges:
+            if place < len(r):
+                return r[place]
+            place -= len(r)
+
+    def __contains__(self, seed):           # of all places
+        return any(seed in r for r in self.ranges)
+
+
 def seed_list(text):
-    """An argparse type: 0-63 or 1,5,7-9 -> the seeds."""
-    seeds = []
+    """An argparse type: 0-63 or 1,5,7-9 -> Seeds."""
+    ranges = []
     for part in text.split(","):
         first, *last = part.split("-", 1)
         last = last[0] if last else first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 2 ** 63):
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 2 ** 63 - 1):
             raise argparse.ArgumentTypeError(f"must be like 0-63 or 1,5,7-9, not {text!r}")
-        seeds += range(int(first), int(last) + 1)
-    return seeds
+        ranges.append(range(int(first), int(last) + 1))
+    return Seeds(ranges)
+
+
+def interpolation(words):
+    """A-B and N, as given -> the seeds A and B and the number N. Raises UserError."""
+    match = re.fullmatch(r"(\d{1,18})-(\d{1,18}) (\d{1,6})", " ".join(words))
+    first, last, n = map(int, match.groups()) if match else (0, 0, 0)
+    if first == last or n < 2:
+        raise UserError("--interpolate takes two different seeds and at least 2 images, like "
+                        f"3-8 10, not {' '.join(words)}")
+    return first, last, n
 
 
 def main():
     p = Parser(description="Draw images from a trained model.")
     a = p.add_argument
     a("--ckpt", required=True, help="the model: ema.pt of train.py")
-    a("--seeds", type=seed_list, default="0-63", help="one image a seed (default 0-63)")
+    a("--seeds", type=seed_list, help="one image a seed (default 0-63, with --init 0-7)")
+    a("--interpolate", nargs=2, metavar=("A-B", "N"),
+      help="instead of --seeds: N images on the way from the noise of seed A to that of seed B")
     a("--out", default="samples", help="folder of the PNGs, or of .npy files where the images have "
                                        "neither 1 nor 3 channels (default samples)")
     a("--grid", action="store_true", help="write only the grid, OUT-grid.png")
@@ -280,6 +336,9 @@ def main():
         p.error("--level is for --init: the level that your own image is degraded to")
     if args.bnr and args.path:
         p.error("--bnr and --path are two ways to choose the path: give one of them")
+    if args.interpolate and (args.seeds or args.strip):
+        p.error("--interpolate has seeds of its own and no strip: leave --seeds and --strip out")
+    args.seeds = args.seeds or seed_list("0-7" if args.init else "0-63")
     if len(args.bnr or []) > (3 if args.strip else 1):
         p.error("--bnr takes one ratio, or with --strip up to three")
     with process_group(), p.one_line_errors():
@@ -293,6 +352,13 @@ def main():
         if args.init:
             init = normalize(read_image(args.init, *checkpoint["data"]["shape"]))
             options.update(init=init, level=args.level or 1.)
+        args.prefix = ""
+        if args.interpolate:
+            first, last, n = interpolation(args.interpolate)
+            args.seeds, args.prefix = range(n), f"{first}-{last}-"
+            options["noise_of"] = walk(first, last, n)
+            if net.classes:
+                options.setdefault("label", first % net.classes)
         out = args.out.rstrip("/")
         if os.path.basename(out) in ("", ".", ".."):
             out = os.path.abspath(args.out)                     # grid and strip are named after it
@@ -303,18 +369,28 @@ def main():
 def draw_images(args, net, paths, checkpoint, out, options, nfe):
     """One file a seed in the folder out, and a grid of the first 256. Processes share the seeds."""
     shape, seeds = checkpoint["data"]["shape"], args.seeds[rank()::world_size()]
-    os.makedirs(os.path.dirname(out) or "." if args.grid else out, exist_ok=True)
+    writable_folder(os.path.dirname(out) or ".")
+    if not args.grid:
+        writable_folder(out)
+        others = sum(not is_drawn_here(name, args) for name in os.listdir(out))
+        if others and rank() == 0:
+            warn(f"{out} holds {others} files of other seeds already, which stay")
     bar = progress(net, nfe * math.ceil(len(seeds) / args.batch))
     shown, done = [], 0
-    for x in generate(net, paths[0], shape, seeds, args.device, args.batch, **options):
-        images = to_uint8(x).cpu()
-        for seed, image, state in zip(seeds[done:], images, x) if not args.grid else ():
-            if shape[0] in (1, 3):
-                save_image(image, f"{out}/{seed:06d}.png")
-            else:
-                np.save(f"{out}/{seed:06d}.npy", state.float().cpu().numpy())
-        shown += images[:math.ceil(256 / world_size()) - len(shown)]
-        done += len(images)
+    try:
+        for x in generate(net, paths[0], shape, seeds, args.device, args.batch, **options):
+            images = to_uint8(x).cpu()
+            for seed, image, state in zip(seeds[done:], images, x) if not args.grid else ():
+                if shape[0] in (1, 3):
+                    save_image(image, f"{out}/{args.prefix}{seed:06d}.png")
+                else:
+                    np.save(f"{out}/{args.prefix}{seed:06d}.npy", state.float().cpu().numpy())
+            shown += images[:math.ceil(256 / world_size()) - len(shown)]
+            done += len(images)
+    except KeyboardInterrupt:                                   # keep what is drawn
+        if shown and world_size() == 1:
+            save_grid(torch.stack(shown), f"{out}-grid.png")
+        raise
     bar.close()
     if world_size() > 1:                                        # back to the order of the seeds
         parts = [None] * world_size()
@@ -326,12 +402,19 @@ def draw_images(args, net, paths, checkpoint, out, options, nfe):
         report(len(args.seeds), options, nfe, files)
 
 
+def is_drawn_here(name, args):
+    """Whether a file of the folder has the name of an image that is drawn now."""
+    stem, _ = os.path.splitext(name)
+    place = stem[len(args.prefix):]
+    return stem.startswith(args.prefix) and place.isdecimal() and int(place) in args.seeds
+
+
 def draw_strip(args, net, paths, checkpoint, out, options, nfe):
     """At most ten states of three seeds, or of one seed along up to three paths: four rows each."""
     if rank() > 0:
         return
     seeds = args.seeds[:3] if len(paths) == 1 else args.seeds[:1]
-    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+    writable_folder(os.path.dirname(out) or ".")
     bar = progress(net, nfe * len(paths))
     rows = []
     for path in paths:
@@ -361,8 +444,8 @@ def progress(net, evaluations):
 
 
 def report(n, options, nfe, files):
-    print(f"{n} images, {options['solver']} {options['steps']} steps, NFE {nfe} (network "
-          f"evaluations an image): {files}")
+    say(f"{n} images, {options['solver']} {options['steps']} steps, NFE {nfe} (network evaluations "
+        f"an image): {files}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
     python train.py --data cifar10 --bnr any               # one network for every ratio
     python train.py --data my-images/ --preset ffhq64      # your own images
     torchrun --nproc_per_node=8 train.py --data cifar10    # the same on several GPUs
+    python train.py --resume run --duration 120            # a run in its folder, with its options
 
-The same command again resumes the run. Equation numbers are those of the README.
+The same command again resumes the run, too. Equation numbers are those of the README.
 """
 import argparse
 import contextlib
@@ -14,6 +15,7 @@ import copy
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from functools import partial
@@ -32,9 +34,9 @@ from loss import disentangled_loss
 from model import PARAMETERIZATIONS, SIGMA_DATA, build, start_from
 from sample import generate
 from util import (Parser, UserError, add_device_option, any_rank, atomic_write, full_float32,
-                  normalize, number, peak_memory, process_group, rank, rank_0_first,
-                  read_checkpoint, resumed_log, save_checkpoint, save_grid, seed_for, signals_noted,
-                  to_uint8, world_size)
+                  locked, normalize, number, or_a_warning, peak_memory, process_group, rank,
+                  rank_0_first, read_checkpoint, resumed_log, save_checkpoint, save_grid, say,
+                  seed_for, signals_noted, to_uint8, warn, world_size)
 
 # The defaults are the paper's for CIFAR-10 (EDM's DDPM++ recipe). A preset is what differs.
 PRESETS = {
@@ -47,8 +49,9 @@ PRESETS = {
                  lr=2e-3, dropout=0., augment=0., duration=60., warmup=1., ema=3., log_every=2.,
                  snapshot_every=20.),
 }
-MAY_CHANGE_ON_RESUMING = {"out", "duration", "batch_gpu", "device", "compile", "log_every",
-                          "snapshot_every", "sample_steps", "fid_every", "fid_num", "fid_weights"}
+MAY_CHANGE_ON_RESUMING = {"out", "duration", "lr", "batch_gpu", "device", "compile", "log_every",
+                          "snapshot_every", "keep_every", "sample_steps", "fid_every", "fid_num",
+                          "fid_weights"}
 
 
 def options(argv=None):
@@ -71,6 +74,8 @@ def options(argv=None):
     a("--preset", choices=PRESETS, help="recipe (default: cifar10 for cifar10, else tiny)")
     a("--out", default="run",
       help="folder of checkpoints, log and grids; one that holds a run resumes it (default run)")
+    a("--resume", metavar="RUN",
+      help="continue the run in this folder with its own options, but for what is given here")
     a("--batch", type=number(int, 1), default=512,
       help="images a step, over all GPUs and accumulation (default 512)")
     a("--batch-gpu", type=number(int, 1),
@@ -104,6 +109,8 @@ def options(argv=None):
     a("--log-every", type=number(float, 0.001), default=50., help="kimg a log line (default 50)")
     a("--snapshot-every", type=number(float, 0), default=2500.,
       help="kimg a checkpoint and a grid of samples (default 2500)")
+    a("--keep-every", type=number(float, 0), default=0.,
+      help="kimg a copy of ema.pt that is kept, ema-KIMG.pt; 0: none (default 0)")
     a("--sample-steps", type=number(int, 1, 1000), default=18,
       help="Heun steps of the grid (default 18)")
     a("--fid-every", type=number(float, 0), default=0.,
@@ -112,9 +119,26 @@ def options(argv=None):
       help="images of such an FID, seeds from 0 (default 10000)")
     a("--fid-weights", help="the FID network's weights (default: fetched once into data/)")
     given = p.parse_args(argv)
-    preset = given.preset or ("cifar10" if given.data == "cifar10" else "tiny")
-    p.set_defaults(**PRESETS[preset], preset=preset)
-    return p.parse_args(argv)
+    if given.resume:
+        p.set_defaults(**{**options_of_run(p, given.resume), "out": given.resume})
+    else:
+        preset = given.preset or ("cifar10" if given.data == "cifar10" else "tiny")
+        p.set_defaults(**PRESETS[preset], preset=preset)
+    args = p.parse_args(argv)
+    if args.resume not in (None, args.out):
+        p.error("--resume and --out name two folders: give one of them")
+    del args.resume
+    return args
+
+
+def options_of_run(parser, folder):
+    """What write_options has written. The device is that of this machine."""
+    known = {action.dest for action in parser._actions} - {"device"}
+    try:
+        with open(f"{folder}/options.json") as f:
+            return {k: v for k, v in json.load(f).items() if k in known}
+    except (OSError, ValueError, AttributeError):
+        parser.error(f"--resume {folder}: it holds no run (a readable options.json)")
 
 
 def bnr(text):
@@ -130,10 +154,26 @@ def bnr(text):
 
 def main():
     args = options()
-    with process_group(), Parser().one_line_errors(), signals_noted() as signals:
+    with process_group(), Parser().one_line_errors(), locked(args.out), signals_noted() as signals:
         train(args, signals=signals)
+        if rank() == 0 and not signals:
+            say_what_is_left(args)
     if signals:
         sys.exit(128 + signals[0])
+
+
+def say_what_is_left(args):
+    """The files of a finished run, its last losses, and the two commands that come next."""
+    names = sorted(name for name in os.listdir(args.out) if not name.startswith("."))
+    say(f"{args.out} holds {', '.join(names[:10])}"
+        + (f" and {len(names) - 10} more files" if len(names) > 10 else ""))
+    with open(f"{args.out}/log.jsonl") as f:
+        for last in f.readlines()[-1:]:
+            last = json.loads(last)
+            say(f"at {last['kimg']:g} kimg: denoise {last['denoise']}, deblur {last['deblur']}")
+    ckpt, ref = shlex.quote(f"{args.out}/ema.pt"), shlex.quote(args.data)
+    say(f"python sample.py --ckpt {ckpt}")
+    say(f"python fid.py --ckpt {ckpt} --ref {ref}")
 
 
 def train(args, data=None, path=None, net=None, signals=()):
@@ -155,8 +195,8 @@ def train(args, data=None, path=None, net=None, signals=()):
 
         stopping = any_rank(signals)                            # asked once: a signal may come now
         last = run.seen >= run.total or stopping
-        snapshot = last or crossed(run, args.snapshot_every)
-        if snapshot or crossed(run, args.log_every) or crossed(run, args.fid_every):
+        snapshot = last or crossed(run, args.snapshot_every, args.keep_every)
+        if snapshot or crossed(run, args.log_every, args.fid_every):
             line = log(run)
             bar.set_postfix(denoise=f"{line['denoise']:.4f}", deblur=f"{line['deblur']:.4f}")
         if snapshot and rank() == 0:
@@ -169,8 +209,7 @@ def train(args, data=None, path=None, net=None, signals=()):
             break
     bar.close()
     if signals and rank() == 0:
-        print(f"stopped and saved at {run.seen / 1000:g} kimg; the same command resumes it",
-              file=sys.stderr)
+        warn(f"stopped and saved at {run.seen / 1000:g} kimg; the same command resumes it")
     return run.ema
 
 
@@ -247,10 +286,18 @@ def update_ema(run):
     torch._foreach_lerp_(run.averages, run.weights, share)
 
 
-def crossed(run, kimg):
-    """Whether the last batch passed a multiple of kimg; never where that is 0."""
+def crossed(run, *intervals):
+    """Whether the last batch passed a multiple of one of the intervals, in kimg. 0 has none."""
     before = run.seen - run.args.batch
-    return kimg > 0 and run.seen // (kimg * 1000) > before // (kimg * 1000)
+    return any(run.seen // (k * 1000) > before // (k * 1000) for k in intervals if k)
+
+
+def kimg_name(run):
+    """The kimg seen, to the digit that tells two snapshots apart: 000020, or 000000.032."""
+    intervals = (run.args.snapshot_every, run.args.keep_every)
+    digits = max(len(f"{k:.3f}".rstrip("0").split(".")[1]) for k in intervals)
+    kimg, rest = divmod(run.seen, 1000)
+    return f"{kimg:06d}.{f'{rest:03d}'[:digits]}".rstrip(".")
 
 
 def log(run):
@@ -262,11 +309,9 @@ def log(run):
     if crossed(run, run.args.fid_every):
         line.update(run.fid(run.ema))
     if rank() == 0:
-        try:
+        with or_a_warning("a log line"):
             run.log.write(json.dumps(line) + "\n")
             run.log.flush()
-        except OSError as e:                                    # a full disk costs the line only
-            tqdm.write(f"a log line could not be written ({e.strerror})", file=sys.stderr)
     run.history, run.norms = [], []
     return line
 
@@ -276,18 +321,20 @@ def save(run, must):
     common = {"config": run.config, "data": run.facts, "options": vars(run.args), "seen": run.seen}
     state = {"net": run.net.state_dict(), "ema": run.ema.state_dict(),
              "optimizer": run.optimizer.state_dict(), **common}
-    saved = save_checkpoint({"weights": run.ema.state_dict(), **common}, f"{run.args.out}/ema.pt") \
-        and save_checkpoint(state, f"{run.args.out}/state.pt")
+    ema, out = {"weights": run.ema.state_dict(), **common}, run.args.out
+    if crossed(run, run.args.keep_every):
+        save_checkpoint(ema, f"{out}/ema-{kimg_name(run)}.pt")
+    saved = save_checkpoint(ema, f"{out}/ema.pt") and save_checkpoint(state, f"{out}/state.pt")
     if must and not saved:
-        raise UserError(f"{run.args.out}: the last checkpoint could not be saved; the previous one "
-                        "stays")
+        raise UserError(f"{out}: the last checkpoint could not be saved; the previous one stays")
 
 
 def draw_grid(run):
     states = generate(run.ema, run.sampling, run.facts["shape"], range(64), run.device,
                       steps=run.args.sample_steps, colour=run.config["colour"])
     images = torch.cat([to_uint8(x).cpu() for x in states])
-    save_grid(images, f"{run.args.out}/grid-{run.seen // 1000:06d}.png")
+    with or_a_warning("a grid"):
+        save_grid(images, f"{run.args.out}/grid-{kimg_name(run)}.png")
 
 
 def prepare(args, data, path, net):
@@ -305,8 +352,7 @@ def prepare(args, data, path, net):
     state = resumable(args)
 
     if data is None:
-        made_here = args.data in ("leaves", "cifar10")
-        with rank_0_first() if made_here else contextlib.nullcontext():
+        with rank_0_first():
             data = load(args.data, args.resolution or None)
     run.facts, run.images, run.labels = data.facts(), resident(data.images, device), data.labels
     run.config = model_config(args, data)
@@ -340,7 +386,7 @@ def prepare(args, data, path, net):
         os.makedirs(args.out, exist_ok=True)
         write_options(args)
         run.log = resumed_log(f"{args.out}/log.jsonl", run.seen)
-        print(header(run), flush=True)
+        say(header(run))
     return run
 
 

@@ -3,13 +3,17 @@ downloads, and the processes that torchrun starts.
 """
 import argparse
 import contextlib
+import datetime
+import errno
 import hashlib
 import io
 import json
 import math
 import os
 import signal
+import stat
 import sys
+import time
 import urllib.request
 import zipfile
 
@@ -21,9 +25,12 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 try:
+    import fcntl
     import resource
 except ImportError:                                             # Windows
-    resource = None
+    fcntl = resource = None
+
+SIGPIPE = 13                                    # Windows has none
 
 
 # Options and errors
@@ -35,27 +42,83 @@ class UserError(Exception):
 class Parser(argparse.ArgumentParser):
     """argparse that answers a mistake with one line and exit code 2."""
 
+    def parse_args(self, *args, **kw):
+        given = super().parse_args(*args, **kw)
+        for action in self._actions:
+            if getattr(given, action.dest, None) == "":         # as a path it would be the root
+                self.error(f"{''.join(action.option_strings) or action.dest} must not be empty")
+        return given
+
     def error(self, message):
+        let_others_speak()
         message = str(message).removeprefix("argument ").replace(": must be", " must be", 1)
-        first = os.environ.get("RANK", "0") == "0"              # under torchrun one process speaks
-        self.exit(2, f"{self.prog}: {message}\n" if first else None)
+        self.exit(2, f"{self.prog}: {printable(message)}\n")
 
     @contextlib.contextmanager
     def one_line_errors(self):
-        """Within, what the user can correct ends the program with one line and exit code 2, and
-        Ctrl-C with one line and 130."""
+        """Within, what the user can correct ends the program with one line and exit code 2, Ctrl-C
+        with one line and 130, and the end of whoever reads its output quietly with 141."""
+        sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))
+        if hasattr(sys.stdout, "reconfigure"):                  # names that it cannot encode
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             yield
         except UserError as e:
             self.error(e)
+        except BrokenPipeError:
+            discard(sys.stdout, sys.stderr)
+            self.exit(128 + SIGPIPE)
         except OSError as e:
             self.error(f"{e.filename}: {e.strerror}" if e.filename else e)
         except (MemoryError, RuntimeError) as e:
-            if not (isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "enough mem" in str(e)):
+            if not is_out_of_memory(e):
+                let_others_speak(of_another=True)
                 raise
             self.error("out of memory: take a smaller --batch-gpu, --batch or resolution")
         except KeyboardInterrupt:
+            let_others_speak()
             self.exit(130, f"{self.prog}: interrupted; what is written already stays\n")
+
+
+def let_others_speak(of_another=False):
+    """torchrun ends all processes when one ends. An error is often that of all processes, or
+    follows from another's: then this one is ended while it waits here. of_another: it may follow
+    from another's in the first process, too."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        first = os.environ.get("RANK", "0") == "0"
+        time.sleep(6 if not first else 3 if of_another else 0)
+
+
+def is_out_of_memory(e):
+    """torch has an exception of its own for a GPU only."""
+    words = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(e, MemoryError) or any(word in str(e) for word in words)
+
+
+def printable(text):
+    """The text with its control characters escaped: a filename may contain any."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def say(text, file=None):
+    """Prints one line, above a progress bar where there is one."""
+    file = file or sys.stdout
+    tqdm.write(printable(text), file=file)
+    file.flush()
+
+
+def warn(text):
+    say(text, sys.stderr)
+
+
+def discard(*streams):
+    """From now on, what is written to those that nobody reads vanishes, to the very end."""
+    for stream in streams:
+        try:
+            stream.flush()
+        except OSError:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def number(kind, low, high=math.inf):
@@ -135,6 +198,7 @@ def crop_and_resize(image, width, height):
 
 def read_image(filename, channels, height, width):
     """One image file, cropped and resized: uint8 [1, channels, height, width]. Raises UserError."""
+    refuse_special(filename)
     try:
         image = open_upright(filename).convert("L" if channels == 1 else "RGB")
         array = torch.from_numpy(np.array(crop_and_resize(image, width, height)))
@@ -195,15 +259,44 @@ def film_strip(rows, columns, filename):
 
 # Files: checkpoints and downloads
 
+def refuse_special(filename):
+    """Raises UserError for a device, a pipe or a socket, before anything waits for it."""
+    with contextlib.suppress(OSError, ValueError):              # it is missing: its reader says so
+        mode = os.stat(filename).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise UserError(f"{filename} is a device or a pipe: give a file")
+
+
+def writable_folder(folder):
+    """Makes the folder where it is missing. Raises UserError where nothing can be written there."""
+    os.makedirs(folder, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} is not a folder that can be written to")
+
+
 @contextlib.contextmanager
 def atomic_write(filename, mode="wb"):
     """A file to write in. It is flushed to disk and renamed to filename when it is complete, so
     that a reader finds the old file or the new one, never a part."""
-    with open(f"{filename}.part", mode) as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{filename}.part", filename)
+    try:
+        with open(f"{filename}.part", mode) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f"{filename}.part", filename)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(f"{filename}.part")
+        raise
+
+
+@contextlib.contextmanager
+def or_a_warning(what):
+    """Within, a disk that takes no more costs only what is written there."""
+    try:
+        yield
+    except OSError as e:
+        warn(f"{what} could not be written ({e.strerror or e})")
 
 
 def save_checkpoint(checkpoint, filename):
@@ -215,15 +308,14 @@ def save_checkpoint(checkpoint, filename):
             f.write(buffer.getbuffer())
         return True
     except OSError as e:
-        with contextlib.suppress(OSError):
-            os.remove(f"{filename}.part")
-        tqdm.write(f"{filename} could not be saved ({e.strerror}); the previous one stays, and "
-                   "training continues", file=sys.stderr)
+        warn(f"{filename} could not be saved ({e.strerror}); the previous one stays, and training "
+             "continues")
         return False
 
 
 def read_checkpoint(filename):
     """A file of torch.save with plain tensors and types only -> dict. Raises UserError."""
+    refuse_special(filename)
     try:
         with zipfile.ZipFile(filename) as z:                    # torch.save does not compress, so
             if sum(i.file_size for i in z.infolist()) > os.path.getsize(filename):
@@ -259,6 +351,28 @@ def check_facts(checkpoint, weights, size):
         raise ValueError("its resolution is not that of its images")
     if not all(isinstance(v, str) for v in (options["data"], *data["classes"])):
         raise TypeError("its data or classes have names of another type")
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Within, the folder exists and no other run can have it. UserError where another has it. The
+    lock ends with the process, however that ends. A folder that stays empty is removed."""
+    if rank() > 0 or fcntl is None:
+        yield
+        return
+    writable_folder(folder)
+    with open(f"{folder}/.lock", "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is in use by another run: choose another --out, or wait for "
+                            "its end") from None
+        try:
+            yield
+        finally:
+            if os.listdir(folder) == [".lock"]:
+                os.remove(f.name)
+                os.rmdir(folder)
 
 
 def resumed_log(filename, seen):
@@ -316,8 +430,8 @@ def has_digest(path, algorithm, digest):
 def process_group():
     """Within, the processes that torchrun started can communicate: NCCL for what is on a GPU, gloo
     for what is on a CPU. Without torchrun this does nothing."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                # decoding a data set may take hours
+        dist.init_process_group(timeout=datetime.timedelta(hours=12))
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -355,9 +469,9 @@ def any_rank(signals):
 
 @contextlib.contextmanager
 def signals_noted():
-    """A list to which Ctrl-C, SIGTERM or the end of the terminal adds its number. A second signal
-    ends the process at once, but not under torchrun, which repeats a Ctrl-C that every process has
-    received already."""
+    """A list to which Ctrl-C, SIGTERM, the end of the terminal or of whoever reads the output adds
+    its number. A second signal ends the process at once, but not under torchrun, which repeats a
+    Ctrl-C that every process has received already."""
     received = []
 
     def note(number, frame):
@@ -369,11 +483,39 @@ def signals_noted():
     names = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
     numbers = [getattr(signal, n) for n in names]
     before = {s: signal.signal(s, note) for s in numbers if signal.getsignal(s) != signal.SIG_IGN}
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (LastingStream(s, received) for s in streams)
     try:
         yield received
     finally:
+        sys.stdout, sys.stderr = streams
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class LastingStream:
+    """A stream whose failure ends no run: what a full disk does not take is dropped, and a reader
+    that has gone is noted like a signal."""
+
+    def __init__(self, stream, received):
+        self.stream, self.received = stream, received
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, method, *args):
+        try:
+            method(*args)
+        except OSError as e:
+            if e.errno in (errno.EPIPE, errno.EIO):             # a pipe or a terminal has gone
+                discard(self.stream)
+                self.received.append(SIGPIPE)
 
 
 def full_float32():

@@ -2,6 +2,7 @@ import hashlib
 import http.server
 import io
 import math
+import os
 import sys
 import tarfile
 import threading
@@ -294,6 +295,85 @@ def test_an_archive_that_reaches_outside_is_refused(tmp_path, name):
     for path in ("s.zip", "s.tar"):
         with pytest.raises(UserError, match="outside its folder"):
             load(tmp_path / path)
+
+
+def test_a_tar_that_is_cut_short_is_not_taken_for_whole(tmp_path):
+    """Cut anywhere before the zeros at its end, also between two files."""
+    whole, part = tmp_path / "whole.tar", tmp_path / "part.tar"
+    with tarfile.open(whole, "w") as t:
+        for i in range(3):
+            add_to_tar(t, f"{i}.png", png(noise(4, 4, seed=i)))
+        end = t.offset
+    assert len(load(whole).images) == 3
+    for size in (*range(512, end + 1, 512), end - 100, end + 100):
+        part.write_bytes(whole.read_bytes()[:size])
+        with pytest.raises(UserError, match="cut short or damaged|not a folder, zip or tar"):
+            load(part)
+
+
+def test_links_in_a_folder_are_followed_once_and_what_cannot_be_read_is_named(tmp_path, files,
+                                                                             monkeypatch, capsys):
+    as_folder(tmp_path / "far", {"x.png": noise(8, 8, seed=3)})
+    folder = as_folder(tmp_path / "set", {**files, "shut/4.png": noise(8, 8)})
+    (folder / "c").symlink_to(tmp_path / "far")
+    (folder / "again").symlink_to(folder)                       # a circle
+    (folder / "a/gone.png").symlink_to("nowhere")
+    (folder / "b/link.png").symlink_to(folder / "a/1.png")
+    os.mkfifo(folder / "a/pipe.png")
+
+    def scandir(path, original=os.scandir):
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+    monkeypatch.setattr(os, "scandir", scandir)
+    d = load(folder)
+    assert d.classes == ["a", "b", "c"] and d.labels.tolist() == [0, 0, 1, 1, 2]
+    assert np.array_equal(hwc(d.images[4]), noise(8, 8, seed=3))
+    assert d.skipped == ["a/gone.png", "a/pipe.png", "set/again", "set/shut"]
+    printed = capsys.readouterr().err
+    for words in ("gone.png: [Errno 2]", "pipe.png is a device", "shut: Permission denied",
+                  "set/again: a link to a folder that is read already", "4 of 9 images skipped"):
+        assert words in printed
+
+
+def test_many_images_are_decoded_once_and_mapped(tmp_path, files, monkeypatch):
+    grey_first = {**files, "a/0.png": noise(8, 8, 1), "a/4.png": noise(8, 8, 1, 1), "c/9.png": b"x"}
+    whole = load(as_folder(tmp_path / "set", grey_first), None, tmp_path / "data")
+    assert not (tmp_path / "data").exists()                     # too few to be worth a file
+    monkeypatch.setattr(data, "KEEP_FROM", 8 * 8 * 2)
+    first = load(tmp_path / "set", None, tmp_path / "data")
+    kept, = (tmp_path / "data").glob("*.npy")
+    assert np.array_equal(np.load(kept), whole.images.numpy())
+    small = load(tmp_path / "set", 4, tmp_path / "data").images
+    assert small.shape == (5, 3, 4, 4)                          # another resolution, another file
+    with monkeypatch.context() as m:
+        m.setattr(data, "decode", lambda *a: pytest.fail("it was decoded again"))
+        again = load(tmp_path / "set", None, tmp_path / "data")
+    for d in (first, again):
+        assert torch.equal(d.images, whole.images) and d.facts() == whole.facts()
+        assert d.labels.tolist() == whole.labels.tolist() and d.skipped == ["c/9.png"]
+    again.images[0] = 0                                         # a change stays in this process
+    assert np.array_equal(np.load(kept), whole.images.numpy())
+    (tmp_path / "set/a/1.png").write_bytes(png(noise(8, 8, seed=7)))
+    changed = load(tmp_path / "set", None, tmp_path / "data").images
+    assert np.array_equal(hwc(changed[1]), noise(8, 8, seed=7))
+    kept.write_bytes(kept.read_bytes()[:200])                   # a damaged one is made again
+    os.utime(tmp_path / "set/a/1.png", ns=(0, 0))
+    assert torch.equal(load(tmp_path / "set", None, tmp_path / "data").images, changed)
+    (tmp_path / "file").write_text("not a folder")
+    assert torch.equal(load(tmp_path / "set", None, tmp_path / "file").images, changed)
+
+
+def test_names_are_printed_without_their_control_characters(tmp_path, files, monkeypatch, capsys):
+    """And a name that no terminal can encode ends nothing."""
+    folder = as_folder(tmp_path / "set\x1b[2J\udc80", {**files, "c/\x1b]0;x\x07\n.png": b"x"})
+    monkeypatch.setattr(sys, "argv", ["data.py", "--data", str(folder), "--out",
+                                      str(tmp_path / "grid.png")])
+    data.main()
+    printed = capsys.readouterr()
+    assert "skipped c/\\x1b]0;x\\x07\\n.png" in printed.err
+    assert "\x1b" not in printed.out + printed.err.replace("\x1b[A", "")
+    assert "\\x1b[2J" in printed.out
 
 
 def cifar_archive():

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import re
 import socket
 import sys
@@ -351,6 +352,8 @@ def test_the_resolution_belongs_to_the_kept_statistics(sizes, tmp_path, monkeypa
     out = run(monkeypatch, capsys, "at8.npy", "--ref", sizes, "--resolution", 8)
     assert float(re.search(r"FID (\S+)", out.out)[1]) == pytest.approx(0, abs=1e-4)
     assert f"40 of {sizes} at 8 x 8; resize" in out.out
+    whole = run(monkeypatch, capsys, "at8.npy", "--ref", sizes).out
+    assert "8 x 8 against several sizes" in whole and " against several" not in out.out
     whole = run_json(monkeypatch, capsys, "at8.npy", "--ref", sizes)
     assert whole["fid"] > 1e-4 and whole["resolution"] == 0
     assert len(list(Path("data").glob("fid-sizes-*.npz"))) == 2
@@ -462,14 +465,19 @@ def test_what_cannot_be_scored_is_one_line(folder, weights, tmp_path, monkeypatc
     np.savez("facts.npz", mu=np.zeros(12), sigma=np.zeros((12, 12)), resolution="8")
     np.savez("negative.npz", mu=np.zeros(12), sigma=-np.eye(12))
     Path("notes.txt").write_text("no archive")
+    os.mkfifo("pipe")
+    os.mkfifo("pipe.npz")
     np.savez("nan.npz", mu=np.full(12, np.nan), sigma=np.zeros((12, 12)))
     torch.save({"conv.weight": torch.zeros(1)}, "other.pth")
     while_computing = [
         (["one", "--ref", folder], "one image has no covariance"),
-        (["broken", "--ref", folder], "there are no images"),
-        (["images.npz", "--ref", folder], "not uint8"),
-        ([folder, "--ref", "images.npz"], "not uint8")]
+        (["broken", "--ref", folder], "there are no images")]
     before = [
+        (["images.npz", "--ref", folder], "not uint8"),
+        ([folder, "--ref", "images.npz"], "not uint8"),
+        (["pipe", "--ref", folder], "a device"), ([folder, "--ref", "pipe.npz"], "a device"),
+        (["--ckpt", "pipe", "--ref", folder], "a device"),
+        (["", "--ref", folder], "samples must not be empty"),
         (["empty", "--ref", folder], "no images"), ([folder, "--ref", "empty"], "no images"),
         (["none", "--ref", folder], "does not exist"),
         ([folder, "--ref", "none"], "does not exist"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import sample
 import train
 from data import Images, epoch, leaves, shuffled
@@ -20,7 +21,7 @@ from degrade import BlurringPath, ColdPath, ConstantBNR, degrade, time_of
 from loss import disentangled_loss
 from model import PARAMETERIZATIONS, Denoiser, UNet, load_model
 from sample import sampling_path
-from util import normalize, seed_for, signals_noted
+from util import Parser, locked, normalize, seed_for, signals_noted
 
 ROOT = Path(__file__).parent.parent
 NETWORK = "--resolution 8 --channels 8 --mult 1 2 --attention 4 --device cpu".split()
@@ -251,6 +252,94 @@ def test_a_full_disk_costs_a_log_line_only(tmp_path, images, monkeypatch, capsys
     assert [line["step"] for line in log_of(tmp_path / "full")] == [4, 12, 16]
     whole, full = (weights(tmp_path / out, "state.pt")[0] for out in ("whole", "full"))
     assert same(whole, full)
+
+
+def test_a_full_disk_costs_a_grid_only(tmp_path, images, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(train, "save_grid", full)
+    small(monkeypatch, images, tmp_path, "--duration", 0.064)
+    assert "a grid could not be written (No space" in capsys.readouterr().err
+    assert weights(tmp_path)[1]["seen"] == 64
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path, images, monkeypatch, capsys):
+    with locked(tmp_path / "run"):
+        refused(capsys, lambda: small(monkeypatch, images, tmp_path / "run", "--duration", 0.016),
+                "run is in use by another run")
+    assert not (tmp_path / "run").exists()                      # nothing was written there
+    small(monkeypatch, images, tmp_path / "run", "--duration", 0.016)
+
+
+def test_a_run_resumes_with_its_own_options_and_keeps_snapshots(tmp_path, images, monkeypatch,
+                                                                capsys):
+    extra = "--bnr inf --seed 3 --keep-every 0.016 --snapshot-every 0 --duration".split()
+    small(monkeypatch, images, tmp_path / "whole", *extra, 0.064)
+    small(monkeypatch, images, tmp_path / "parts", *extra, 0.032)
+    run(monkeypatch, "--resume", tmp_path / "parts", "--duration", 0.064, "--device", "cpu")
+    printed = capsys.readouterr().out.splitlines()
+    assert any("resuming at 0.032 kimg" in line for line in printed)
+    whole, parts = (weights(tmp_path / out, "state.pt") for out in ("whole", "parts"))
+    assert same(whole[0], parts[0])
+    last = log_of(tmp_path / "parts")[-1]
+    assert printed[-3:] == [
+        f"at 0.064 kimg: denoise {last['denoise']}, deblur {last['deblur']}",
+        f"python sample.py --ckpt {tmp_path}/parts/ema.pt",
+        f"python fid.py --ckpt {tmp_path}/parts/ema.pt --ref {images}"]
+    assert "ema.pt" in printed[-4] and ".lock" not in printed[-4]
+    kept = sorted(f.name for f in (tmp_path / "parts").glob("ema-*"))
+    assert kept == [f"ema-000000.0{k}.pt" for k in (16, 32, 48, 64)]
+    assert weights(tmp_path / "parts", "ema-000000.048.pt")[1]["seen"] == 48
+    assert same(weights(tmp_path / "parts", kept[-1])[0], weights(tmp_path / "parts")[0])
+    run(monkeypatch, "--resume", tmp_path / "parts", "--duration", 0.08, "--lr", 0.5, "--device",
+        "cpu")
+    assert log_of(tmp_path / "parts")[-1]["lr"] == 0.5
+    for args, words in ((["--seed", 4], "--seed 3, not 4"), (["--out", "x"], "two folders")):
+        refused(capsys, lambda: run(monkeypatch, "--resume", tmp_path / "parts", *args), words)
+
+
+def test_a_reader_that_has_gone_is_noted_like_a_signal(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        with signals_noted() as signals:
+            for _ in range(2):
+                print("a line", flush=True)
+        assert signals == [13]
+        print("nobody reads this", flush=True)
+
+
+def test_a_run_whose_output_is_closed_saves_and_ends(tmp_path, images):
+    script = [sys.executable, str(ROOT / "train.py"), "--data", images, "--out",
+              str(tmp_path / "run"), *SMALL, "--snapshot-every", "0", "--duration", "1000"]
+    process = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process.stdout.readline()                                   # the header
+    process.stdout.close()
+    assert process.wait(timeout=60) == 128 + 13
+    assert 0 < weights(tmp_path / "run")[1]["seen"] < 10 ** 6
+
+
+def test_out_of_memory_is_one_line(capsys):
+    refused(capsys, lambda: allocate(2 ** 60), "out of memory", "--batch-gpu")
+    with pytest.raises(RuntimeError, match="negative"):
+        allocate(-1)
+
+
+def allocate(size):
+    with Parser().one_line_errors():
+        torch.empty(size, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("rank, waits", [("0", []), ("1", [6])])
+def test_an_error_of_another_process_than_the_first_is_said_last(rank, waits, monkeypatch, capsys):
+    """By then torchrun has ended it, where the first process failed, too."""
+    waited = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(time, "sleep", lambda seconds: waited.append(seconds))
+    refused(capsys, lambda: Parser().error("no image"), "no image")
+    assert [seconds for seconds in waited if seconds] == waits
 
 
 @pytest.mark.parametrize("extra", ["", "--augment 1"])
@@ -519,7 +608,7 @@ def trained(tmp_path_factory):
 
 def test_a_run_leaves_what_the_documentation_says(trained):
     names = {f.name for f in (trained / "run").iterdir()}
-    assert names == {"ema.pt", "state.pt", "log.jsonl", "options.json", "grid-000000.png"}
+    assert names == {"ema.pt", "state.pt", "log.jsonl", "options.json", "grid-000000.png", ".lock"}
     assert json.load(open(trained / "run/options.json"))["bnr"] == 0.5
     checkpoint = torch.load(trained / "run/ema.pt", weights_only=True)
     assert checkpoint["data"]["name"] == "leaves"
@@ -557,9 +646,62 @@ def test_sampling_from_the_command_line(trained, monkeypatch, capsys):
     assert abs(difference).mean() < 8       # a hundredth of the range in, about that out
 
 
+def test_variations_an_interpolation_and_a_folder_that_is_used_again(trained, tmp_path, monkeypatch,
+                                                                     capsys):
+    def draw(*args):
+        run(monkeypatch, "--ckpt", trained / "run/ema.pt", "--device", "cpu", "--steps", 2,
+            "--out", tmp_path / "s", *args, main=sample.main)
+        names = {f.name for f in (tmp_path / "s").iterdir()}
+        return names, capsys.readouterr().err
+
+    def image(name):
+        return np.asarray(Image.open(tmp_path / f"s/{name}.png")).astype(int)
+    names, printed = draw("--interpolate", "3-5", 3, "--churn", 1)
+    between = {f"3-5-{i:06d}.png" for i in range(3)}
+    assert names == between and "other seeds" not in printed
+    names, printed = draw("--seeds", "3-5", "--churn", 1)
+    assert "holds 3 files of other seeds" in printed
+    assert names == between | {f"{i:06d}.png" for i in (3, 4, 5)}
+    for place, seed in ((0, 3), (2, 5)):
+        assert abs(image(f"3-5-{place:06d}") - image(f"{seed:06d}")).max() <= 1
+    assert "other seeds" in draw("--interpolate", "3-5", 3)[1]
+    names, _ = draw("--init", tmp_path / "s/000003.png")
+    assert names == between | {f"{i:06d}.png" for i in range(8)}
+
+
+def test_a_walk_between_two_seeds_stays_unit_normal():
+    """Its places lie at nearly equal angles; a straight line would be uneven and short."""
+    x = sample.walk(3, 8, 5)(range(5), (3, 16, 16))().flatten(1)
+    torch.testing.assert_close(x[[0, 4]], sample.seed_noise([3, 8], (3, 16, 16))().flatten(1))
+    unit = x / x.norm(dim=1, keepdim=True)
+    angles = torch.acos((unit[1:] * unit[:-1]).sum(1))
+    assert angles.std() < 0.05 * angles.mean() and (x.std(1) - 1).abs().max() < 0.06
+
+
+def test_seeds_are_ranges_that_take_no_memory():
+    seeds = sample.seed_list("7,0-99999999999,5-6")
+    assert len(seeds) == 10 ** 11 + 3 and 99_999_999_999 in seeds and 10 ** 11 not in seeds
+    assert list(seeds[:3]) == [7, 0, 1] and list(seeds[1::2][-2:]) == [99_999_999_998, 5]
+    assert list(seeds[-3:]) == [99_999_999_999, 5, 6]
+
+
+def test_an_interrupted_drawing_keeps_what_is_drawn(trained, tmp_path, monkeypatch, capsys):
+    def interrupted(*args, original=sample.generate, **kw):
+        yield next(original(*args, **kw))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sample, "generate", interrupted)
+    with pytest.raises(SystemExit) as e:
+        run(monkeypatch, "--ckpt", trained / "run/ema.pt", "--device", "cpu", "--steps", 2,
+            "--batch", 4, "--out", tmp_path / "s", main=sample.main)
+    assert e.value.code == 130 and "interrupted; what is written" in capsys.readouterr().err
+    assert len(list((tmp_path / "s").iterdir())) == 4
+    assert Image.open(tmp_path / "s-grid.png").size == (2 * 66, 2 * 66)
+
+
 def test_bad_options(trained, images, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "leaves", lambda n, size: torch.zeros(n, 3, size, size).byte())
     cases = [
         (["--bnr", "-1"], ["--bnr", "-1"]),
         (["--bnr", "nan"], ["--bnr", "nan", "inf or any"]),
@@ -578,11 +720,19 @@ def test_bad_options(trained, images, tmp_path, monkeypatch, capsys):
         (["--lr", "nan"], ["--lr"]),
         (["--channels", "10"], ["30", "multiple of 4"]),
         (["--attention", "7"], ["--attention [7]", "[16, 8]"]),
-        (["--duration", "x"], ["--duration must be a number", "'x'"])]
+        (["--duration", "x"], ["--duration must be a number", "'x'"]),
+        (["--data", ""], ["--data must not be empty"]),
+        (["--init-from", ""], ["--init-from must not be empty"]),
+        (["--data", tmp_path / "pipe"], ["pipe is a device or a pipe"]),
+        (["--data", "/dev/zero"], ["/dev/zero is a device or a pipe"]),
+        (["--init-from", tmp_path / "pipe"], ["pipe is a device or a pipe"]),
+        (["--resume", tmp_path / "empty"], ["it holds no run"])]
+    os.mkfifo(tmp_path / "pipe")
     common = ["--out", tmp_path / "new", "--device", "cpu"]
     for args, words in cases:
         refused(capsys, lambda: run(monkeypatch, *common, *args), *words)
         assert not (tmp_path / "new").exists()
+    refused(capsys, lambda: run(monkeypatch, "--out", ""), "--out must not be empty")
 
 
 def test_a_run_is_not_overwritten_by_another(trained, tmp_path, monkeypatch, capsys):
@@ -629,6 +779,12 @@ def test_bad_checkpoints(trained, tmp_path, monkeypatch, capsys):
     bad(["exists"], good, "--out", text)
     bad(["no churn"], good, "--solver", "multistep", "--churn", "3")
     bad(["is not an image that can be read"], good, "--init", text)
+    os.mkfifo(tmp_path / "pipe")
+    bad(["pipe is a device or a pipe"], tmp_path / "pipe")
+    bad(["pipe is a device or a pipe"], good, "--init", tmp_path / "pipe")
+    for words in (["3-3", "5"], ["3", "5"], ["3-8", "1"], ["3-x", "5"]):
+        bad(["--interpolate takes two different seeds"], good, "--interpolate", *words)
+    bad(["leave --seeds"], good, "--interpolate", "1-2", "5", "--seeds", "1")
     assert not (tmp_path / "out").exists()
 
 
@@ -658,7 +814,7 @@ def test_four_channel_latents_train_and_sample(tmp_path, monkeypatch):
     ema = train.train(small_options(tmp_path / "run", "--duration", 0.016), data)
     for (_, x0, *_), _ in drawn:
         assert all((x == data.images).all((1, 2, 3)).any() for x in x0)
-    assert Image.open(tmp_path / "run/grid-000000.png").size == (8 * 66, 8 * 66)
+    assert Image.open(tmp_path / "run/grid-000000.016.png").size == (8 * 66, 8 * 66)
     net, checkpoint = load_model(tmp_path / "run/ema.pt")
     assert same(net.state_dict(), ema.state_dict()) and checkpoint["data"]["shape"] == [4, 8, 8]
     std = data.images.double().std((0, 2, 3), unbiased=False)
@@ -746,7 +902,7 @@ def test_one_network_for_every_ratio_from_the_command_line(trained, two_classes,
         run(monkeypatch, "--ckpt", ckpt, "--device", "cpu", "--steps", 2, "--out", tmp_path / out,
             *args, main=sample.main)
         return (tmp_path / out).with_name(f"{out}-grid.png")
-    grid = (tmp_path / "run/grid-000000.png").read_bytes()
+    grid = (tmp_path / "run/grid-000000.032.png").read_bytes()
     assert draw("plain", "--grid").read_bytes() == grid         # --sample-steps is 2, too
     assert draw("half", "--grid", "--bnr", 0.5).read_bytes() == grid
     others = [draw("s", "--grid", *args.split()).read_bytes()
