@@ -12,7 +12,6 @@ import argparse
 import math
 import os
 import re
-from collections.abc import Sequence
 from functools import partial
 from itertools import zip_longest
 
@@ -267,32 +266,8 @@ def sampler(args, net, checkpoint):
     return options, nfe
 
 
-class Seeds(Sequence):
-    """Ranges of seeds one after the other, or some places of them; it takes no memory."""
-
-    def __init__(self, ranges, places=None):
-        self.ranges, self.places = ranges, places
-        if places is None:
-            self.places = range(sum(r.stop - r.start for r in ranges))
-
-    def __len__(self):
-        return len(self.places)
-
-    def __getitem__(self, i):
-        if isinstance(i, slice):
-            return Seeds(self.ranges, self.places[i])
-        place = self.places[i]
-        for r in self.ranges:
-            if place < len(r):
-                return r[place]
-            place -= len(r)
-
-    def __contains__(self, seed):           # of all places
-        return any(seed in r for r in self.ranges)
-
-
 def seed_list(text):
-    """An argparse type: 0-63 or 1,5,7-9 -> Seeds."""
+    """An argparse type: 0-63 or 1,5,7-9 -> the seeds. A range takes no memory."""
     ranges = []
     for part in text.split(","):
         first, *last = part.split("-", 1)
@@ -300,7 +275,11 @@ def seed_list(text):
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 2 ** 63 - 1):
             raise argparse.ArgumentTypeError(f"must be like 0-63 or 1,5,7-9, not {text!r}")
         ranges.append(range(int(first), int(last) + 1))
-    return Seeds(ranges)
+    if len(ranges) == 1:
+        return ranges[0]
+    if sum(r.stop - r.start for r in ranges) > 10 ** 6:
+        raise argparse.ArgumentTypeError("must be one range, or at most 1,000,000 seeds in several")
+    return [seed for r in ranges for seed in r]
 
 
 def interpolation(words):
