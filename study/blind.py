@@ -24,13 +24,13 @@ from degrade import ColdPath, cosines, degrade
 from model import load_model
 from sample import (evaluate, noise_estimate, sampling_path, seed_list, seed_noise,
                     slope_correction, solve, step, time_steps)
-from study.common import Cells, Measure, deviation, mean, parser, plotted, references, top_bands
+from study.common import (REFERENCES, Cells, Measure, deviation, mean, parser, plotted, references,
+                          top_bands)
 from util import (UserError, add_device_option, full_float32, normalize, number, read_checkpoint,
                   save_checkpoint, save_grid, seed_for, to_uint8)
 
 LEVELS = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.3, 1., 3., 10., 80.]     # where errors are printed
 HELD_OUT = 1000                                 # images that the reader is not trained on, at most
-REFERENCE = 5000                                # images that samples are compared with
 STARTS = [0.5, 0.7, 1.5, 2.]                    # the noise of a wrong start over the right one
 READ_ALSO = 2.                                  # a BNR whose reader's errors are shown as well
 HALF_WAY = 1.5                                  # the noise after, over before, noise is added
@@ -342,7 +342,7 @@ def compute(args, cells):
             continue
         key = key_of(args, model, kind="samples", blind=blind, samples=args.samples, **condition)
         if not cells.find(**key) and measure is None:
-            n = REFERENCE if not args.quick else args.samples
+            n = args.samples if args.quick else REFERENCES
             resolution = model.options["resolution"] or None
             measure = Measure(references(key["data"], resolution, n), args.device)
         print(row(cells.compute(key, lambda: samples_cell(args, model, key, measure))), flush=True)

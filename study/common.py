@@ -174,6 +174,7 @@ def drawn(checkpoint_file, seeds, device="cpu", batch=None, bnr=None, path=None,
 
 # Measures
 
+REFERENCES = 5000                               # images that samples are compared with
 load_once = lru_cache(maxsize=1)(load)
 
 

@@ -7,8 +7,8 @@ It trains the networks with train.py, in the folder --runs, or continues those t
 from functools import cache, partial
 
 from model import PARAMETERIZATIONS
-from study.common import (QUICK, RESOLUTIONS, Cells, Measure, deviation, drawn, groups, mean,
-                          parser, plotted, references, top_bands, trained)
+from study.common import (QUICK, REFERENCES, RESOLUTIONS, Cells, Measure, deviation, drawn,
+                          groups, mean, parser, plotted, references, top_bands, trained)
 from util import add_device_option, number
 
 
@@ -34,7 +34,8 @@ def options():
 
 def compute(args, cells):
     resolution = RESOLUTIONS[args.preset]
-    measure = cache(lambda: Measure(references(args.data, resolution, args.samples), args.device))
+    count = args.samples if args.quick else REFERENCES
+    measure = cache(lambda: Measure(references(args.data, resolution, count), args.device))
     for seed in args.seeds:
         for param in PARAMETERIZATIONS:
             # the run of `residual` is the one that study.sweep --single 0.5 trains

@@ -13,8 +13,8 @@ from itertools import product
 import numpy as np
 
 from model import load_model
-from study.common import (QUICK, RESOLUTIONS, Cells, Measure, deviation, drawn, groups, mean,
-                          parser, plotted, references, trained)
+from study.common import (QUICK, REFERENCES, RESOLUTIONS, Cells, Measure, deviation, drawn,
+                          groups, mean, parser, plotted, references, trained)
 from util import add_device_option, number
 
 RATIOS = [0, 0.1, 0.3, 0.5, 0.65, 1, 2, 10]
@@ -103,9 +103,10 @@ def settings(args):
 def measure_of(args, cells):
     """The measure, and its floor: as many other images of the data set."""
     resolution, n = RESOLUTIONS[args.preset], args.samples
-    measure = Measure(references(args.data, resolution, n), args.device)
+    count = n if args.quick else REFERENCES
+    measure = Measure(references(args.data, resolution, count), args.device)
     floor = cells.compute(dict(data=args.data, preset=args.preset, network="floor", samples=n),
-                          lambda: measure(references(args.data, resolution, n, skip=n)))
+                          lambda: measure(references(args.data, resolution, n, skip=count)))
     print(row(floor), flush=True)
     return measure
 

@@ -9,10 +9,8 @@ continues those that are there.
 from pathlib import Path
 
 from study.common import Cells, Measure, deviation, drawn, parser, plotted, references, trained
-from study.common import RESOLUTIONS, mean, top_bands
+from study.common import REFERENCES, RESOLUTIONS, mean, top_bands
 from util import UserError, add_device_option, atomic_write, number
-
-REFERENCES = 5000
 
 
 def options():
