@@ -64,7 +64,7 @@ class Images:
     def colour(self):
         """The Gaussian of the images' mean colours, as lists: {"mean": [C], "cov": [C][C]}."""
         n, c, h, w = self.images.shape
-        parts = self.images.split(4096)                         # a whole float copy may not fit
+        parts = self.images.split(256)                          # a whole float copy may not fit
         colours = torch.cat([p.sum((2, 3), dtype=torch.float64) for p in parts]) / (h * w)
         if self.images.dtype == torch.uint8:
             colours = colours / 127.5 - 1
@@ -77,7 +77,7 @@ def mean_and_std(channel):
     if channel.dtype != torch.uint8:
         return channel.double().mean(), channel.double().std(unbiased=False)
     # a histogram is exact and needs no float copy of the data
-    parts = channel.split(4096)
+    parts = channel.split(256)
     p = sum(torch.bincount(part.flatten(), minlength=256) for part in parts) / channel.numel()
     value = normalize(torch.arange(256, dtype=torch.uint8))
     mean = (p * value).sum()
