@@ -177,7 +177,7 @@ def test_two_runs_of_a_command_are_the_same_to_the_bit(tmp_path, images):
 
 # Several processes
 
-@pytest.mark.parametrize("extra", ["", "--batch-gpu 1 --augment 0.5 --bnr 2", "--bnr any"])
+@pytest.mark.parametrize("extra", ["--batch-gpu 1 --augment 0.5 --bnr 2", "--bnr any"])
 def test_two_processes_have_the_gradients_of_one(tmp_path, images, extra):
     """Of the first step, to 1e-5 relative: Adam's first moment is a tenth of them."""
     extra = ["--duration", 0.004, "--snapshot-every", 0, *extra.split()]

@@ -993,8 +993,8 @@ def test_photographs_train(tmp_path, monkeypatch):
             if member.isfile():
                 (folder / member.name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / member.name).write_bytes(tar.extractfile(member).read())
-    options = """--preset tiny --duration 1.5 --device cpu --log-every 0.5 --warmup 0.5
-                 --sample-steps 4""".split()
+    options = """--preset tiny --channels 16 --duration 1.5 --device cpu --log-every 0.5
+                 --warmup 0.5 --sample-steps 4""".split()
     run(monkeypatch, "--data", folder, "--out", tmp_path / "run", *options)
     lines = log_of(tmp_path / "run")
     assert lines[-1]["denoise"] < 0.95 * lines[0]["denoise"]
