@@ -59,7 +59,8 @@ class Path:
 
     def training_levels(self, n, h, w, device=None):
         """alpha and sigma for n images of h x w, float32 [n] each, from torch's generator."""
-        return self.levels(torch.exp(self.P_mean + self.P_std * torch.randn(n, device=device)))
+        ln_t = self.P_mean + self.P_std * torch.randn(n, device=device)         # (9)
+        return self.levels(torch.exp(ln_t))
 
 
 class ConstantBNR(Path):
@@ -107,7 +108,7 @@ class AnyBNR(Path):
     def training_levels(self, n, h, w, device=None):
         log10_bnr = 2 * torch.rand(n, device=device) - 1
         bnr = torch.where(torch.rand(n, device=device) < 0.25, 0, 10 ** log10_bnr)
-        sigma = torch.exp(self.P_mean + self.P_std * torch.randn(n, device=device))
+        sigma = torch.exp(self.P_mean + self.P_std * torch.randn(n, device=device))     # (9)
         return bnr * sigma, sigma
 
 

@@ -17,7 +17,7 @@ def disentangled_loss(net, x0, alpha, sigma, noise, sigma_data):
     noise: unit normal, like x0; sigma_data: the net's. At BNR 0 the first term is EDM's loss and
     the target of the second is 0. A training step adds both over the pixels.
     """
-    x, blurry = degrade(x0, alpha, sigma, noise)                                # (1)
+    x, blurry = degrade(x0, alpha, sigma, noise)
     d, r = net(x, alpha, sigma)
     w_denoise, w_deblur = weights(x0, alpha, sigma, sigma_data)
     denoise = w_denoise * (d - blurry).square().mean((1, 2, 3))                 # (9)

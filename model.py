@@ -58,7 +58,7 @@ class X0Denoiser(Denoiser):
 
     def answers(self, x, f, s):
         x0_hat = s.c_skip * x + (s.c_out ** 2 + s.r_out ** 2).sqrt() * f        # (12)
-        d = torch.where(s.sigma > 0, blur(x0_hat, s.alpha), x)
+        d = torch.where(s.sigma > 0, blur(x0_hat, s.alpha), x)                  # (12)
         return d, x0_hat - d
 
 
@@ -277,10 +277,10 @@ MAY_BE_NEW = ("unet.from_ratio.", "unet.from_augment.", "unet.from_label.")
 def start_from(net, filename, path):
     """Puts the weights of a checkpoint of this project into a new Denoiser, to train it further.
 
-    What only one of the two has among MAY_BE_NEW starts at zero or is left out; what a network of
-    --bnr any was told of the ratio, path's at t = 1, goes into a bias. The deblurring head starts
-    at zero where the checkpoint is of BNR 0, which has not trained it. Raises UserError that names
-    what does not fit.
+    Layers in MAY_BE_NEW that only the new network has start at zero. Those that only the checkpoint
+    has become a constant in a bias: the ratio of path at t = 0.3, near the median of training, and
+    the mean over the classes. The deblurring head starts at zero where the checkpoint is of BNR 0,
+    which has not trained it. Raises UserError that names what does not fit.
     """
     old, checkpoint = load_model(filename)
     theirs, ours, config = old.state_dict(), net.state_dict(), checkpoint["config"]
@@ -303,10 +303,14 @@ def start_from(net, filename, path):
             value.zero_()
         else:
             raise misfit(f"{name} is {list(theirs[name].shape)} there and {list(value.shape)} here")
+    told = torch.zeros(old.unet.channels)
     if old.told_ratio and not net.told_ratio:
-        alpha, sigma = (torch.tensor([float(v)]) for v in path.levels(1.))
+        alpha, sigma = (torch.tensor([float(v)]) for v in path.levels(0.3))
         told = old.unet.from_ratio(sinusoids(4 * alpha / (alpha + sigma), old.unet.channels))[0]
-        ours["unet.embed.0.bias"].add_(ours["unet.embed.0.weight"] @ told)
+    if old.classes and not net.classes:
+        label = old.unet.from_label
+        told = told + label.bias + label.weight.mean(1) * math.sqrt(old.classes)
+    ours["unet.embed.0.bias"].add_(ours["unet.embed.0.weight"] @ told)
     if config["bnr"] == 0 and net.heads == 2:
         for value in (ours["unet.last.weight"], ours["unet.last.bias"]):
             value.chunk(2)[1].zero_()

@@ -62,16 +62,16 @@ def solve(net, path, x, times, solver="heun", churn=0., s_min=0., s_max=math.inf
         if watch:
             watch(t, x, d, r)
         x0_hat, n_hat = d + r, noise_estimate(x, d, t, path)
-        x_s = step(x, x0_hat, n_hat, t, s, path)                                # Euler
+        x_s = step(x, x0_hat, n_hat, t, s, path)                                # (3), Euler
         if solver == "heun" and s > 0:                          # the same with both ends' average
             d, r = evaluate(net, path, x_s, s)
             n_s = noise_estimate(x_s, d, s, path)
-            x_s = step(x, (x0_hat + d + r) / 2, (n_hat + n_s) / 2, t, s, path)
+            x_s = step(x, (x0_hat + d + r) / 2, (n_hat + n_s) / 2, t, s, path)      # (3)
         if solver == "multistep":
             if s == 0:
                 x_s = x0_hat
             elif before is not None:
-                x_s = x_s + slope_correction(x0_hat, t, *before, s, path)       # (5)
+                x_s = x_s + slope_correction(x0_hat, t, *before, s, path)
             before = x0_hat, t
         x = x_s
     return x
@@ -108,7 +108,7 @@ def integral(sigma_t, sigma_s, path, x):
     l = middle + half * torch.from_numpy(nodes).to(x.device)                    # [64]
     m = attenuation(path.levels(torch.exp(-l))[0], x)                           # [64, 1, H, W]
     w = half * torch.from_numpy(weights).to(x.device) * torch.exp(l)
-    return (w[:, None, None, None] * m).sum((0, 1))
+    return (w[:, None, None, None] * m).sum((0, 1))                             # J of (5)
 
 
 def churn_step(x, t, t_hat, path, noise):

@@ -107,9 +107,9 @@ def options(argv=None):
     a("--compile", action=argparse.BooleanOptionalAction,
       help="torch.compile the network, a minute or two (default: on a GPU)")
     a("--log-every", type=number(float, 0.001), default=50., help="kimg a log line (default 50)")
-    a("--snapshot-every", type=number(float, 0), default=2500.,
+    a("--snapshot-every", type=number(float, 0, 1e9), default=2500.,
       help="kimg a checkpoint and a grid of samples (default 2500)")
-    a("--keep-every", type=number(float, 0), default=0.,
+    a("--keep-every", type=number(float, 0, 1e9), default=0.,
       help="kimg a copy of ema.pt that is kept, ema-KIMG.pt; 0: none (default 0)")
     a("--sample-steps", type=number(int, 1, 1000), default=18,
       help="Heun steps of the grid (default 18)")
@@ -184,6 +184,7 @@ def train(args, data=None, path=None, net=None, signals=()):
     Raises UserError.
     """
     run = prepare(args, data, path, net)
+    run.since = time.time()
     bar = tqdm(total=run.total, initial=run.seen, unit="img", unit_scale=True, disable=rank() > 0)
     while run.seen < run.total:
         set_learning_rate(run)
@@ -197,7 +198,7 @@ def train(args, data=None, path=None, net=None, signals=()):
         last = run.seen >= run.total or stopping
         snapshot = last or crossed(run, args.snapshot_every, args.keep_every)
         if snapshot or crossed(run, args.log_every, args.fid_every):
-            line = log(run)
+            line = log(run, stopping)
             bar.set_postfix(denoise=f"{line['denoise']:.4f}", deblur=f"{line['deblur']:.4f}")
         if snapshot and rank() == 0:
             save(run, must=last)
@@ -284,29 +285,36 @@ def update_ema(run):
     half_life = min(run.args.ema * 1000, run.seen * 0.05)       # images; EDM's ramp-up
     share = 1 - 0.5 ** (run.args.batch / max(half_life, 1e-8))
     torch._foreach_lerp_(run.averages, run.weights, share)
+    for kept, current in zip(run.ema.buffers(), run.net.buffers()):     # your network may have some
+        kept.copy_(current)
 
 
 def crossed(run, *intervals):
     """Whether the last batch passed a multiple of one of the intervals, in kimg. 0 has none."""
     before = run.seen - run.args.batch
-    return any(run.seen // (k * 1000) > before // (k * 1000) for k in intervals if k)
+    return any(run.seen // images_of(k) > before // images_of(k) for k in intervals if k)
+
+
+def images_of(kimg):
+    """1,000 times as many; 4.03 * 1000 alone is above 4030."""
+    return round(kimg * 1000, 6)
 
 
 def kimg_name(run):
-    """The kimg seen, to the digit that tells two snapshots apart: 000020, or 000000.032."""
+    """The kimg seen, to the digit that the intervals need: 000020, or 000000.032."""
     intervals = (run.args.snapshot_every, run.args.keep_every)
     digits = max(len(f"{k:.3f}".rstrip("0").split(".")[1]) for k in intervals)
     kimg, rest = divmod(run.seen, 1000)
     return f"{kimg:06d}.{f'{rest:03d}'[:digits]}".rstrip(".")
 
 
-def log(run):
+def log(run, stopping):
     """Writes and returns a line about the steps since the last. UserError where one went wrong."""
     line = summary(run.seen, gathered(run.history), run.optimizer.param_groups[0]["lr"], run.since,
                    run.device)
     if run.broken:
         raise UserError(broken_gradient(run))
-    if crossed(run, run.args.fid_every):
+    if crossed(run, run.args.fid_every) and not stopping:       # it may take minutes
         line.update(run.fid(run.ema))
     if rank() == 0:
         with or_a_warning("a log line"):
@@ -340,8 +348,8 @@ def draw_grid(run):
 def prepare(args, data, path, net):
     """Everything that the loop needs, as a namespace: parts, progress and what the log collects."""
     device = torch.device(args.device)
-    run = SimpleNamespace(args=args, device=device, history=[], norms=[], since=time.time(), seen=0,
-                          total=math.ceil(args.duration * 1000 / args.batch) * args.batch,
+    run = SimpleNamespace(args=args, device=device, history=[], norms=[], seen=0,
+                          total=math.ceil(images_of(args.duration) / args.batch) * args.batch,
                           broken=torch.zeros((), device=device))
     run.bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda" \
         and torch.cuda.is_bf16_supported(including_emulation=False)

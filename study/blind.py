@@ -425,8 +425,8 @@ def nfe_table(cells, curves):
 
 def pairs_of(found):
     """(told, blind) of the cells that have both and differ in nothing else."""
-    by_key = {(c["seed"], c["kimg"], c["data"], c["samples"], c["draw"], c["blind"]): c
-              for c in found}
+    names = ("network", "seed", "kimg", "data", "samples", "draw", "blind")
+    by_key = {tuple(c[name] for name in names): c for c in found}
     return [(c, by_key[k[:-1] + (True,)]) for k, c in by_key.items()
             if not c["blind"] and k[:-1] + (True,) in by_key]
 
@@ -478,8 +478,6 @@ def main():
             cells = Cells(args, "blind")
             if not args.plot_only:
                 compute(args, cells)
-            if not cells.cells:
-                raise UserError(f"{cells.file} has no results yet: leave out --plot-only")
             table(cells)
             draw_plot(cells)
         else:

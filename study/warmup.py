@@ -10,7 +10,7 @@ from pathlib import Path
 
 from study.common import Cells, Measure, deviation, drawn, parser, plotted, references, trained
 from study.common import REFERENCES, RESOLUTIONS, mean, top_bands
-from util import UserError, add_device_option, atomic_write, number
+from util import add_device_option, atomic_write, number
 
 
 def options():
@@ -118,8 +118,6 @@ def main():
         cells = Cells(args, "warmup")
         if not args.plot_only:
             compute(args, cells)
-        if not cells.cells:
-            raise UserError(f"{cells.file} has no results yet: leave out --plot-only")
         table(cells)
         draw_plot(cells)
 

@@ -92,6 +92,14 @@ def test_a_network(tmp_path):
         load_model(tmp_path / "ema.pt")
 
 
+def test_the_ema_has_the_networks_buffers(tmp_path):
+    net = small_cnn()
+    net.unet.insert(1, torch.nn.BatchNorm2d(16))
+    ema = train.train(options(tmp_path), noise_images(), net=net)
+    assert net.unet[1].running_mean.any()
+    assert torch.equal(ema.unet[1].running_mean, net.unet[1].running_mean)
+
+
 def test_a_run_with_parts_of_ones_own_resumes(tmp_path):
     for out, duration in (("whole", 0.016), ("parts", 0.008), ("parts", 0.016)):
         train.train(options(tmp_path / out, duration), noise_images(), Square(), small_cnn())
