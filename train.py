@@ -57,7 +57,8 @@ MAY_CHANGE_ON_RESUMING = {"out", "duration", "lr", "batch_gpu", "device", "compi
 def options(argv=None):
     """The options of a command line, with those of the preset: argparse.Namespace."""
     p = Parser(description="Train a blur-noise mixture diffusion model. A kimg is 1,000 images "
-                           "seen. The defaults named here are the cifar10 preset's.")
+                           "seen. The defaults named here are those of --preset cifar10; data other"
+                           " than cifar10 take --preset tiny.")
     a = p.add_argument
     a("--data", default="leaves",
       help="leaves, cifar10, or a folder, zip or tar of images (default leaves)")
@@ -77,12 +78,12 @@ def options(argv=None):
     a("--resume", metavar="RUN",
       help="continue the run in this folder with its own options, but for what is given here")
     a("--batch", type=number(int, 1), default=512,
-      help="images a step, over all GPUs and accumulation (default 512)")
+      help="images per step, over all GPUs and accumulation (default 512)")
     a("--batch-gpu", type=number(int, 1),
       help="images at a time on each GPU, to save memory (default: all of its share)")
     a("--lr", type=number(float, 0, 1), default=1e-3, help="Adam's learning rate (default 1e-3)")
     a("--warmup", type=number(float, 0), default=10000.,
-      help="kimg in which it rises from 0 (default 10000)")
+      help="kimg in which the learning rate rises from 0 (default 10000)")
     a("--duration", type=number(float, 0, 1e9), default=200000.,
       help="kimg to train for (default 200000)")
     a("--ema", type=number(float, 0), default=500., help="half-life of the EMA, kimg (default 500)")
@@ -106,15 +107,16 @@ def options(argv=None):
       help="of the network; auto: bf16 on a GPU that has it (default auto)")
     a("--compile", action=argparse.BooleanOptionalAction,
       help="torch.compile the network, a minute or two (default: on a GPU)")
-    a("--log-every", type=number(float, 0.001), default=50., help="kimg a log line (default 50)")
+    a("--log-every", type=number(float, 0.001), default=50.,
+      help="kimg between log lines (default 50)")
     a("--snapshot-every", type=number(float, 0, 1e9), default=2500.,
-      help="kimg a checkpoint and a grid of samples (default 2500)")
+      help="kimg between checkpoints, each with a grid of samples (default 2500)")
     a("--keep-every", type=number(float, 0, 1e9), default=0.,
-      help="kimg a copy of ema.pt that is kept, ema-KIMG.pt; 0: none (default 0)")
+      help="kimg between copies of ema.pt to keep, ema-KIMG.pt; 0: none (default 0)")
     a("--sample-steps", type=number(int, 1, 1000), default=18,
       help="Heun steps of the grid (default 18)")
     a("--fid-every", type=number(float, 0), default=0.,
-      help="kimg an FID of the EMA; 0: none (default 0)")
+      help="kimg between FIDs of the EMA; 0: none (default 0)")
     a("--fid-num", type=number(int, 2), default=10000,
       help="images of such an FID, seeds from 0 (default 10000)")
     a("--fid-weights", help="the FID network's weights (default: fetched once into data/)")

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 try:
@@ -127,8 +127,8 @@ def number(kind, low, high=math.inf):
         with contextlib.suppress(ValueError, OverflowError):
             if low <= kind(text) <= high:
                 return kind(text)
-        noun = "an integer" if kind is int else "a number"
-        limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+        noun, form = ("an integer", "d") if kind is int else ("a number", "g")
+        limits = f"of at least {low}" if high == math.inf else f"from {low} to {high:{form}}"
         raise argparse.ArgumentTypeError(f"must be {noun} {limits}, not {text!r}")
     return parse
 
@@ -171,7 +171,10 @@ def to_uint8(x):
 def open_upright(file):
     """An image file -> a PIL image of mode L (grey) or RGB: rotated as its EXIF says, transparent
     parts on white, 16 bits reduced to 8. Raises ValueError where the range of values is unknown."""
-    image = Image.open(file)
+    try:
+        image = Image.open(file)
+    except UnidentifiedImageError:                              # which names an object in memory
+        raise ValueError("it is not an image that can be read") from None
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:     # Pillow only warns
         raise ValueError(f"{image.width} x {image.height} pixels are more than Pillow's limit "
                          f"of {Image.MAX_IMAGE_PIXELS}")
@@ -392,7 +395,7 @@ def fetch(url, path, algorithm, digest, otherwise=""):
 
     path: pathlib.Path. otherwise: what else the user may do. Raises UserError.
     """
-    remedy = " ".join(filter(None, [f"download {url} elsewhere and put it at {path}", otherwise]))
+    remedy = ", ".join(filter(None, [f"download {url} elsewhere and put it at {path}", otherwise]))
     if path.exists():
         if not has_digest(path, algorithm, digest):
             raise UserError(f"{path} is damaged (its {algorithm} is not {digest}): remove it, or "

@@ -140,4 +140,4 @@ def test_the_readmes_code_runs_as_it_stands(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
                           text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run/ema.pt").exists() and len(block) <= 20
+    assert (tmp_path / "run-swap/ema.pt").exists() and len(block) <= 20
