@@ -147,7 +147,9 @@ def table(cells):
         by_setting = groups([c for c in some if c["network"] == "any"], "solver", "nfe")
         for (solver, nfe), same in sorted(by_setting.items()):
             print(f"{solver}, NFE {nfe}")
-            for key, drawn_ones in sorted(groups(same, "path", "bnr").items(), key=str):
+            curves = groups(same, "path", "bnr")
+            for (path, bnr), drawn_ones in sorted(
+                    curves.items(), key=lambda item: (item[0][0] or "", item[0][1] or 0)):
                 by_seed = groups(drawn_ones, "seed").values()
                 first = [c for c in drawn_ones if c["draw"] == 0]
                 over_seeds = deviation([c["distance"] for c in first])
@@ -177,14 +179,17 @@ def draw_plot(cells):
                 top = max(c["nfe"] for c in same)
                 plot_at_ratios(by_ratio, [c for c in same if c["nfe"] == top], f"{solver} {top}")
                 for (bnr,), of_one in sorted(groups(of_ratios, "bnr").items()):
-                    plot_means(by_nfe, of_one, "nfe", f"{solver}, BNR {bnr:g}")
+                    if len({c["nfe"] for c in of_one}) > 1:
+                        plot_means(by_nfe, of_one, "nfe", f"{solver}, BNR {bnr:g}")
             for cell in floor:
                 by_ratio.axhline(cell["distance"], color="grey", ls=":", label="floor")
             by_ratio.set(xlabel="BNR", ylabel="Frechet distance", title=title)
             by_ratio.set_xscale("symlog", linthresh=0.1)
+            by_ratio.set_xlim(left=-0.02)
             by_nfe.set(xlabel="NFE", ylabel="Frechet distance")
             for a in (by_ratio, by_nfe):
-                a.legend(fontsize="small")
+                if a.lines:
+                    a.legend(fontsize="small")
         return figure
     if tables:                                                  # more than a floor
         plotted(cells.png, draw)
