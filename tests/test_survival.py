@@ -114,7 +114,7 @@ def wait_for_line(out, process):
 
 # Kills and repetition
 
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_resumed_it_comes_to_the_same_weights(kills, tmp_path, images):
     """SIGKILL any time, with a checkpoint every second step so that many fall into saving; each
     loses two steps at most."""
