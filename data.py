@@ -78,7 +78,8 @@ def mean_and_std(channel):
         return channel.double().mean(), channel.double().std(unbiased=False)
     # a histogram is exact and needs no float copy of the data
     parts = channel.split(256)
-    p = sum(torch.bincount(part.flatten(), minlength=256) for part in parts) / channel.numel()
+    counts = sum(torch.bincount(part.flatten(), minlength=256) for part in parts)
+    p = counts.double() / channel.numel()
     value = normalize(torch.arange(256, dtype=torch.uint8))
     mean = (p * value).sum()
     return mean, (p * (value - mean) ** 2).sum().sqrt()
