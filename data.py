@@ -80,7 +80,7 @@ def mean_and_std(channel):
     parts = channel.split(256)
     counts = sum(torch.bincount(part.flatten(), minlength=256) for part in parts)
     p = counts.double() / channel.numel()
-    value = normalize(torch.arange(256, dtype=torch.uint8))
+    value = normalize(torch.arange(256, dtype=torch.uint8)).double()
     mean = (p * value).sum()
     return mean, (p * (value - mean) ** 2).sum().sqrt()
 
