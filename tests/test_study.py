@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -171,6 +172,8 @@ def test_a_cell_is_computed_once_and_kept_at_once(tmp_path):
     kept = Cells(Args(tmp_path), "some")
     assert [c["a"] for c in kept.cells] == [1, 2] and kept.compute({"a": 1}, value) == first
     assert kept.find(a=2)[0]["value"] == 2 and not kept.find(a=2, b=1)
+    kept.compute({"a": 4}, value)
+    assert [c["a"] for c in Cells(Args(tmp_path), "some").cells] == [1, 2, 4]
 
 
 def distance_cell(bnr, seed, draw, distance, **other):
@@ -190,6 +193,27 @@ def test_the_sweeps_table_keeps_both_spreads_and_unlike_cells_apart(tmp_path, ca
     # over seeds: the first draws 100, 110, 120; over draws: 100 and 104, and so on
     assert rows[0] == "BNR 0.5 110.0 power 1.00 1.10 1.20 +- 10.0 / 2.8".split()
     assert [row[2] for row in rows[1:]] == ["500.0", "700.0"]
+
+
+def test_the_sweep_measures_fid_apart_from_the_studys_own_distance(folder, tmp_path, monkeypatch):
+    class SmallNet(torch.nn.Module):
+        def forward(self, images):
+            return images.float().mean((2, 3))
+    monkeypatch.setattr(study.common, "load_inception", lambda device: (SmallNet(), "f" * 64))
+    args = ["--ckpt", "trained/ema.pt", "--data", "set", "--bnr", 0, "--quick", "--fid", "--device",
+            "cpu", "--results", tmp_path / "results"]
+    code, out, err = start("sweep", *args)
+    assert code == 0 and "50 samples, FID:" in out, err
+    sweeps = Cells(SimpleNamespace(results=tmp_path / "results", quick=True, plot_only=False),
+                   "sweep")
+    floor, *cells = sweeps.cells
+    assert len(cells) == 2 and {c["measure"] for c in sweeps.cells} == {"FID"}
+    x = study.common.references("set", 16, 50).float().mean((2, 3)).double().numpy()
+    y = study.common.references("set", 16, 50, skip=50).float().mean((2, 3)).double().numpy()
+    cov = [np.cov(v, rowvar=False) for v in (x, y)]
+    root = np.sqrt(np.linalg.eigvals(cov[0] @ cov[1]).real.clip(0))
+    distance = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(sum(cov)) - 2 * root.sum()
+    assert floor["distance"] == pytest.approx(distance, rel=1e-3)
 
 
 def test_curves_show_the_last_line_of_the_longest_log(folder, tmp_path, monkeypatch):
