@@ -37,7 +37,7 @@ CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 TAR_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 UNPACK_LIMIT = 2 ** 29                          # bytes that every archive may unpack to
-KEEP_FROM = 2 ** 26                             # bytes of decoded images that are worth a file
+KEEP_FROM = 2 ** 24                             # bytes of decoded images that are worth a file
 NPY_HEADER = 128                                # its length in bytes
 VERSION = 1                                     # of how images are decoded
 
