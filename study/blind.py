@@ -24,8 +24,8 @@ from degrade import ColdPath, cosines, degrade
 from model import load_model
 from sample import (evaluate, noise_estimate, sampling_path, seed_list, seed_noise,
                     slope_correction, solve, step, time_steps)
-from study.common import (REFERENCES, Cells, Measure, deviation, mean, parser, plotted, references,
-                          top_bands)
+from study.common import (REFERENCES, Cells, Measure, deviation, digest, groups, matching, mean,
+                          parser, plotted, references, top_bands)
 from util import (UserError, add_device_option, full_float32, normalize, number, read_checkpoint,
                   save_checkpoint, save_grid, seed_for, to_uint8)
 
@@ -213,18 +213,19 @@ def blind_model(args, filename, bnr, train=False):
     name = "blind" + (f"-{args.path or format(path.bnr, 'g')}" if chosen else "")
     kept = Path(filename).parent / f"{'quick-' if args.quick else ''}{name}.pt"
     model = SimpleNamespace(net=net, path=path, curve=curve, shape=shape, file=kept,
+                            digest=digest(filename), duration=args.duration,
                             seed=checkpoint["options"]["seed"], kimg=checkpoint["seen"] / 1000,
                             bnr=str(config["bnr"]), options=checkpoint["options"])
     if train or not kept.exists():
-        model.reader, model.errors = new_reader(args, model)
+        new_reader(args, model)
     else:
-        model.reader, model.errors = load_reader(kept, shape[0], curve)
+        load_reader(model)
     model.reader.to(args.device)
     return model
 
 
 def new_reader(args, model):
-    """Trains a reader, keeps it in model.file, and returns it with its errors."""
+    """Trains the model's reader, finds its errors and keeps both in model.file."""
     data = args.data or model.options["data"]
     images = training_images(data, model.options["resolution"] or None)
     if list(images.shape[1:]) != list(model.shape):
@@ -234,11 +235,12 @@ def new_reader(args, model):
     held = min(HELD_OUT, max(2, len(images) // 10))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(2))
     reader = train_reader(images[order[held:]], model.path, args.duration, args.device, model.seed)
-    errors = reading_errors(reader, model.path, images[order[:held]], args.device)
-    kept = {"reader": reader.state_dict(), "curve": model.curve, "errors": errors}
+    model.reader = reader
+    model.errors = reading_errors(reader, model.path, images[order[:held]], args.device)
+    kept = {"reader": reader.state_dict(), "curve": model.curve, "errors": model.errors,
+            "model": model.digest, "duration": args.duration}
     if not save_checkpoint(kept, model.file):
         raise UserError(f"{model.file} could not be saved")
-    return reader, errors
 
 
 @lru_cache(maxsize=1)
@@ -246,19 +248,21 @@ def training_images(data, resolution):
     return load(data, resolution).images
 
 
-def load_reader(filename, channels, curve):
-    """A reader and its errors, from the file that new_reader has written. Raises UserError."""
-    kept = read_checkpoint(filename)
+def load_reader(model):
+    """The reader and its errors, from the file that new_reader has written. Raises UserError."""
+    kept = read_checkpoint(model.file)
     try:
-        reader = Reader(channels)
-        reader.load_state_dict(kept["reader"])
-        if kept["curve"] != curve or not all(v.isfinite().all() for v in kept["reader"].values()):
+        model.reader = Reader(model.shape[0])
+        model.reader.load_state_dict(kept["reader"])
+        finite = all(v.isfinite().all() for v in kept["reader"].values())
+        if (kept["curve"], kept["model"]) != (model.curve, model.digest) or not finite:
             raise ValueError
-        errors = [[float(v) for v in row] for row in kept["errors"]]
+        model.errors = [[float(v) for v in row] for row in kept["errors"]]
+        model.duration = float(kept["duration"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-        raise UserError(f"{filename} is not a reader of {curve} for this model: train it again, "
-                        "with neither --sample nor --table") from None
-    return reader.eval().requires_grad_(False), errors
+        raise UserError(f"{model.file} is not a reader of {model.curve} for this model: train it "
+                        "again, with neither --sample nor --table") from None
+    model.reader.eval().requires_grad_(False)
 
 
 # The command line and the tables
@@ -338,7 +342,7 @@ def compute(args, cells):
     measure = None
     for condition, model, blind in product(conditions, models, (False, True)):
         usual = condition["start"] == condition["half_way"] == 1
-        if not usual and model.seed != models[0].seed:
+        if not usual and model.digest != models[0].digest:
             continue
         key = key_of(args, model, kind="samples", blind=blind, samples=args.samples, **condition)
         if not cells.find(**key) and measure is None:
@@ -350,7 +354,8 @@ def compute(args, cells):
 
 def key_of(args, model, **more):
     return dict(data=args.data or model.options["data"], kimg=model.kimg, network=model.bnr,
-                seed=model.seed, curve=model.curve, **more)
+                seed=model.seed, curve=model.curve, checkpoint=model.digest,
+                reader_kimg=model.duration, **more)
 
 
 def samples_cell(args, model, key, measure):
@@ -374,22 +379,37 @@ def row(cell):
             f"{cell['half_way']:g}: {cell['distance']:.1f}   power {top_bands(cell)}")
 
 
+def comparable(cells):
+    """Title and cells of each table: of one data set and one length of training and of sampling.
+    Readers belong to every number of samples."""
+    for (data, network, kimg), some in groups(cells.cells, "data", "network", "kimg").items():
+        for samples in sorted({c["samples"] for c in some if "samples" in c}) or [None]:
+            title = f"{data}, networks of BNR {network}, {kimg:g} kimg, {samples or 'no'} samples"
+            yield title, [c for c in some if c.get("samples") in (None, samples)]
+
+
 def table(cells):
-    curves = sorted({c["curve"] for c in cells.cells})
-    tables = [reading_table, schedule_table, nfe_table, start_table]
-    for one in tables:
-        one(cells, curves)
+    for title, some in comparable(cells):
+        print(f"\n{title}")
+        curves = sorted({c["curve"] for c in some})
+        for one in (reading_table, schedule_table, nfe_table, start_table):
+            one(some, curves)
 
 
 def reading_table(cells, curves):
-    found = [cells.find(kind="reading", curve=c) for c in curves]
+    found = [matching(cells, kind="reading", curve=c) for c in curves]
     print("\nread sigma over sigma, on images that the readers have not seen: mean, spread")
     lines(curves, LEVELS, [[e for c in some for e in c["errors"]] for some in found])
 
 
+def usual(cells, **key):
+    """The cells of samples that start from the right noise and are left alone."""
+    return matching(cells, kind="samples", start=1., half_way=1., **key)
+
+
 def schedule_table(cells, curves):
     """The implicit schedule: what is read on the way down."""
-    found = [cells.find(kind="samples", blind=True, start=1., half_way=1., curve=c) for c in curves]
+    found = [usual(cells, blind=True, curve=c) for c in curves]
     nfe = max([c["nfe"] for some in found for c in some], default=0)
     rows = [[e for c in some if c["nfe"] == nfe for e in c["levels"]] for some in found]
     print(f"\nread sigma over the schedule's while sampling, NFE {nfe}: mean, spread")
@@ -412,34 +432,34 @@ def lines(curves, levels, rows):
 
 
 def nfe_table(cells, curves):
-    usual = partial(cells.find, kind="samples", start=1., half_way=1.)
     print("\nFrechet distance, each network and draw: told; blind; blind - told")
-    for nfe, curve in product(sorted({c["nfe"] for c in usual()}), curves):
-        pairs = [(told["distance"], blind["distance"])
-                 for told, blind in pairs_of(usual(nfe=nfe, curve=curve))]
+    for nfe, curve in product(sorted({c["nfe"] for c in usual(cells)}), curves):
+        pairs = pairs_of(usual(cells, nfe=nfe, curve=curve))
         if pairs:
-            told, blind = (" ".join(f"{v:.1f}" for v in values) for values in zip(*pairs))
-            less = [b - t for t, b in pairs]
+            told, blind = (" ".join(f"{c['distance']:.1f}" for c in some) for some in zip(*pairs))
+            less = [b["distance"] - t["distance"] for t, b in pairs]
             print(f"NFE {nfe:2} {curve:10} {told}; {blind}; {mean(less):+.1f} +- {deviation(less)}")
 
 
 def pairs_of(found):
     """(told, blind) of the cells that have both and differ in nothing else."""
-    names = ("network", "seed", "kimg", "data", "samples", "draw", "blind")
-    by_key = {tuple(c[name] for name in names): c for c in found}
-    return [(c, by_key[k[:-1] + (True,)]) for k, c in by_key.items()
-            if not c["blind"] and k[:-1] + (True,) in by_key]
+    blind = {(c["seed"], c.get("checkpoint"), c["draw"]): c for c in found if c["blind"]}
+    pairs = [(c, blind.get((c["seed"], c.get("checkpoint"), c["draw"])))
+             for c in found if not c["blind"]]
+    return [(told, other) for told, other in pairs if other]
 
 
 def start_table(cells, curves):
-    print("\nFrechet distance where the noise is not the schedule's: told, blind")
+    wrong = [c["nfe"] for c in matching(cells, kind="samples") if c["start"] != 1]
+    nfe = wrong[0] if wrong else None
+    print("\nFrechet distance where the noise is not the schedule's"
+          + (f", NFE {nfe}" if wrong else "") + ": told, blind")
     print(f"{'noise':24}" + "".join(f"{c:>20}" for c in curves))
-    wrong = [c["nfe"] for c in cells.find(kind="samples") if c["start"] != 1]
     for start, half_way in [(1., 1.), *((f, 1.) for f in STARTS), (1., HALF_WAY)]:
         text = ""
         for curve in curves:
-            pairs = pairs_of(cells.find(kind="samples", curve=curve, start=start, draw=0,
-                                        half_way=half_way, nfe=wrong[0] if wrong else None))
+            pairs = pairs_of(matching(cells, kind="samples", curve=curve, start=start, draw=0,
+                                      half_way=half_way, nfe=nfe))
             told, blind = pairs[0] if pairs else (None, None)
             text += f"{told['distance']:11.1f}{blind['distance']:9.1f}" if pairs else f"{'':20}"
         name = f"x {start:g} at the start" if half_way == 1 else f"x {half_way:g} half-way"
@@ -447,27 +467,34 @@ def start_table(cells, curves):
 
 
 def draw_plot(cells):
-    """Left: the readers' errors. Right: distance against NFE."""
+    """A row for each table. Left: the errors of each reader. Right: how much larger the distance of
+    blind samples is than that of told ones, a point a network and draw, by NFE."""
+    tables = list(comparable(cells))
+
     def plot(plt):
-        figure, (errors, distance) = plt.subplots(1, 2, figsize=(11, 4))
-        for curve in sorted({c["curve"] for c in cells.cells}):
-            for cell in cells.find(kind="reading", curve=curve)[:1]:
-                level, bias, spread = zip(*cell["errors"])
-                errors.errorbar(level, bias, spread, label=curve, capsize=2)
-            for blind, style in ((False, "-"), (True, "--")):
-                found = cells.find(kind="samples", curve=curve, blind=blind, start=1., half_way=1.)
-                nfes = sorted({c["nfe"] for c in found})
-                means = [mean([c["distance"] for c in found if c["nfe"] == n]) for n in nfes]
-                name = f"{curve}, {'blind' if blind else 'told'}"
-                line, = distance.plot(nfes, means, style, label=name)
-                distance.plot([c["nfe"] for c in found], [c["distance"] for c in found], ".",
-                              color=line.get_color())
-        errors.set(xlabel="sigma", ylabel="ln(read sigma / sigma)", xscale="log")
-        distance.set(xlabel="NFE", ylabel="Frechet distance")
-        errors.legend()
-        distance.legend()
+        figure, axes = plt.subplots(len(tables), 2, figsize=(11, 4.5 * len(tables)), squeeze=False,
+                                    layout="constrained")
+        for (errors, distance), (title, some) in zip(axes, tables):
+            for i, curve in enumerate(sorted({c["curve"] for c in some})):
+                for n, cell in enumerate(matching(some, kind="reading", curve=curve)):
+                    level, bias, spread = zip(*cell["errors"])
+                    errors.errorbar(level, bias, spread, color=f"C{i}", capsize=2,
+                                    label=None if n else curve)
+                pairs = pairs_of(usual(some, curve=curve))
+                nfe = [told["nfe"] for told, _ in pairs]
+                more = [blind["distance"] - told["distance"] for told, blind in pairs]
+                if pairs:
+                    distance.plot(nfe, more, "o", color=f"C{i}", label=curve, alpha=0.7)
+            errors.set(xlabel="sigma", ylabel="ln(read sigma / sigma)", xscale="log", title=title)
+            distance.axhline(0, color="grey", ls=":")
+            distance.set(xlabel="NFE", ylabel="distance, blind - told",
+                         xticks=sorted({c["nfe"] for c in usual(some)}))
+            for a in (errors, distance):
+                if a.get_legend_handles_labels()[0]:
+                    a.legend()
         return figure
-    plotted(cells.png, plot)
+    if tables:
+        plotted(cells.png, plot)
 
 
 def main():

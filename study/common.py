@@ -73,8 +73,7 @@ class Cells:
             raise UserError(f"{self.file} has no results yet: leave out --plot-only")
 
     def find(self, **key):
-        """The cells that have these values, in the order in which they were computed."""
-        return [c for c in self.cells if all(c.get(k) == v for k, v in key.items())]
+        return matching(self.cells, **key)
 
     def compute(self, key, function):
         """The cell of this key, a dict: the one that is kept, or key, function() and the facts."""
@@ -99,8 +98,23 @@ def facts(device):
 
 
 def machine(device):
-    gpu = torch.device(device).type == "cuda"
-    return torch.cuda.get_device_name(device) if gpu else platform.machine()
+    """The name of the GPU or, where the system tells it, of the CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
+    return platform.machine()
+
+
+def digest(filename):
+    """The start of a file's SHA-256: with it, a cell says which checkpoint it is of."""
+    return hashlib.sha256(Path(filename).read_bytes()).hexdigest()[:12]
+
+
+def matching(cells, **key):
+    """The cells that have these values, in the order in which they were computed."""
+    return [c for c in cells if all(c.get(k) == v for k, v in key.items())]
 
 
 def groups(cells, *names):
@@ -155,9 +169,13 @@ def trained(out, *options):
 def loaded(checkpoint_file, device):
     """The network and the rest of a checkpoint, the network as train.py runs it: on a GPU in bf16,
     where it has that, and compiled."""
+    return load_model(checkpoint_file, device, precision(device),
+                      compiled=torch.device(device).type == "cuda")
+
+
+def precision(device):
     gpu = torch.device(device).type == "cuda"
-    bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    return load_model(checkpoint_file, device, "bf16" if bf16 else "fp32", compiled=gpu)
+    return "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def drawn(checkpoint_file, seeds, device="cpu", batch=None, bnr=None, path=None, **options):
@@ -195,8 +213,8 @@ class Measure:
 
     def __init__(self, reference, device="cpu", fid=False):
         self.features = inception_features(device) if fid else lite0_features(device)
-        digest = hashlib.sha256(reference.numpy().tobytes()).hexdigest()[:12]
-        kept = Path("data") / f"measure-{'fid-' if fid else ''}{digest}.npz"    # takes minutes
+        key = hashlib.sha256(reference.numpy().tobytes()).hexdigest()[:12]
+        kept = Path("data") / f"measure-{'fid-' if fid else ''}{key}.npz"       # it takes minutes
         if not kept.exists():
             kept.parent.mkdir(exist_ok=True)
             mu, cov = self.statistics(reference)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from study.common import Cells, parser, plotted
+from study.common import Cells, digest, parser, plotted
 from util import UserError
 
 TERMS = ["denoise", "deblur"]
@@ -26,18 +26,22 @@ def options():
 
 
 def compute(args, cells):
-    """The cells of the runs that are asked for: what is kept, or a longer log that is there now."""
+    """The cells of the runs that are asked for, made again where a log has changed."""
     found = []
     for run in args.runs or ["run"]:
         lines = log_of(run)
-        key = {"run": str(Path(run)), "kimg": lines[-1]["kimg"]}
+        key = {"run": str(Path(run)), "kimg": lines[-1]["kimg"], "sha256": digest(log_file(run))}
         found.append(cells.compute(key, lambda: losses(run, lines)))
     return found
 
 
+def log_file(run):
+    return Path(run) / "log.jsonl"
+
+
 def log_of(run):
     """The lines of a run's log. UserError where there are none."""
-    filename = Path(run) / "log.jsonl"
+    filename = log_file(run)
     if not filename.exists():
         raise UserError(f"{filename} does not exist: give a folder of train.py")
     lines = []
@@ -84,7 +88,9 @@ def draw_plot(filename, shown):
             for i, (a, name) in enumerate(zip(row, names)):
                 for cell in shown:
                     a.plot(cell["log"]["kimg"], series(cell, term)[i], label=cell["run"])
-                a.set(title=f"{term}, {name}", xlabel="kimg")
+                a.set(title=f"{term}, {name}")
+        for a in axes[1]:
+            a.set_xlabel("kimg")
         axes[0, 0].legend()
         return figure
     plotted(filename, draw)
@@ -100,8 +106,8 @@ def main():
 
 
 def latest(cells):
-    """Of each run the cell of its longest log."""
-    return list({c["run"]: c for c in sorted(cells, key=lambda c: c["kimg"])}.values())
+    """Of each run the cell that was computed last."""
+    return list({c["run"]: c for c in cells}.values())
 
 
 if __name__ == "__main__":

@@ -5,9 +5,13 @@
 #     PRESET=tiny DEVICE=cpu SAMPLES=50 bash study/gpu.sh 90 leaves       # to try it on a CPU
 #
 # Half of the time is for training, which saves when its time is over and continues when the script
-# is started again. Then come the throughput and samples, and the rest is for the sweep. Checkpoints,
-# images and results are in runs/gpu-PRESET/; their tables are printed at the end. TRAIN_OPTIONS are
-# for train.py: those of half an hour, unless given.
+# is started again. Then come the throughput and samples, and the rest is for the sweep.
+# Checkpoints, images and results are in runs/gpu-PRESET/; their tables are printed at the end. It
+# ends with 1 where a program after the training failed or did not come to its end.
+#
+# TRAIN_OPTIONS are for train.py, after those of half an hour: "--batch-gpu 128" where the GPU has
+# less than 24 GiB. The sweep needs the packages of study/requirements.txt, or FID=1 and the weights
+# of FID in data/.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 limit=${1:?usage: bash study/gpu.sh SECONDS [DATA]}
@@ -17,43 +21,60 @@ device=${DEVICE:-cuda}
 samples=${SAMPLES:-5000}
 out=runs/gpu-$preset
 results=$out/results
+python=$(command -v python || command -v python3)
 start=$SECONDS
+failed=0
 short="--warmup 100 --ema 50 --log-every 10"            # the presets are for days
 [ "$preset" = tiny ] && short=""
-options=${TRAIN_OPTIONS-$short}
+measure=${FID:+--fid}
+features=${FID:+inception_features}
 mkdir -p "$results"
 
-# Within so many seconds at most; progress bars and errors go to a file.
+if ! "$python" -c "import study.common as c; c.${features:-lite0_features}('cpu')" \
+        2>"$out/errors.txt"; then
+    tail -n 1 "$out/errors.txt" >&2
+    echo "the sweep could measure nothing: install study/requirements.txt, or give FID=1" >&2
+    exit 2
+fi
+
+# Within so many seconds at most; tables, progress bars and errors go to files.
 within() {
-    timeout "$1" "${@:2}" 2>>"$out/errors.txt"
+    if [ "$2" -lt 5 ]; then
+        echo "-- no time left: ${*:3}"
+        failed=1
+        return
+    fi
+    timeout "$2" "${@:3}" >"$out/$1.txt" 2>>"$out/errors.txt"
     case $? in
         0) ;;
-        124) echo "-- stopped after $1 s: ${*:2}" ;;
-        *) echo "-- failed, see $out/errors.txt: ${*:2}" ;;
+        124) echo "-- stopped after $2 s: ${*:3}"; [ "$1" = train ] || failed=1 ;;
+        *) echo "-- failed, see $out/errors.txt: ${*:3}"; failed=1 ;;
     esac
 }
-left() { local s=$((limit - SECONDS + start)); echo $((s > 1 ? s : 1)); }
+left() { echo $((limit - 5 - SECONDS + start)); }         # 5 s are for the tables
 
-within $((limit / 2)) python train.py --data "$data" --preset "$preset" --bnr any \
-    --device "$device" --out "$out" $options
+within train $((limit / 2)) "$python" train.py --data "$data" --preset "$preset" --bnr any \
+    --device "$device" --out "$out" $short ${TRAIN_OPTIONS:-}
 if [ ! -e "$out/ema.pt" ]; then
     tail -n 1 "$out/errors.txt"
     exit 2
 fi
-within $((limit / 6)) python -m study.speed --device "$device" --preset "$preset" --runs 1 \
-    --results "$results" >"$out/speed.txt"
-within "$(left)" python sample.py --ckpt "$out/ema.pt" --device "$device" --grid --out "$out/samples"
-within "$(left)" python sample.py --ckpt "$out/ema.pt" --device "$device" --bnr 0 0.5 2 --seeds 0 \
-    --strip --out "$out/samples"
-within "$(left)" python -m study.sweep --ckpt "$out/ema.pt" --data "$data" --preset "$preset" \
-    --device "$device" --samples "$samples" --solvers multistep --nfe 18 --results "$results" \
-    >"$out/sweep.txt"
+within speed $((limit / 5)) "$python" -m study.speed --device "$device" --preset "$preset" \
+    --runs 1 --results "$results"
+within samples "$(left)" "$python" sample.py --ckpt "$out/ema.pt" --device "$device" --grid \
+    --out "$out/samples"
+within strip "$(left)" "$python" sample.py --ckpt "$out/ema.pt" --device "$device" --bnr 0 0.5 2 \
+    --seeds 0 --strip --out "$out/samples"
+within sweep "$(left)" "$python" -m study.sweep --ckpt "$out/ema.pt" --data "$data" \
+    --preset "$preset" --device "$device" --samples "$samples" --solvers multistep --nfe 18 \
+    --results "$results" $measure
 
 echo "== training: the last line of $out/log.jsonl"
 tail -n 1 "$out/log.jsonl"
 echo "== throughput"
 tail -n +2 "$out/speed.txt"
 echo "== sweep"
-python -m study.sweep --plot-only --results "$results" 2>>"$out/errors.txt" \
-    || tail -n 1 "$out/errors.txt"
+"$python" -m study.sweep --plot-only --results "$results" 2>>"$out/errors.txt" \
+    || { tail -n 1 "$out/errors.txt"; failed=1; }
 echo "== $((SECONDS - start)) s of $limit"
+exit $failed

@@ -17,7 +17,7 @@ from degrade import dct2, degrade, frequencies
 from fid import frechet_distance
 from model import load_model
 from sample import generate, sampler, sampler_options, sampling_path
-from study.common import Cells, groups, parser, plotted
+from study.common import Cells, digest, groups, parser, plotted
 from util import UserError, full_float32, normalize, number
 
 DIRECTIONS = 8                                  # in each octave of frequency
@@ -107,7 +107,7 @@ def compute(args, cells):
     net, checkpoint = load_model(args.ckpt, args.device, args.precision, args.compile)
     sampling, nfe = sampler(args, net, checkpoint)
     trained = checkpoint["options"]
-    key = dict(ckpt=args.ckpt, kimg=checkpoint["seen"] / 1000, seed=trained["seed"],
+    key = dict(ckpt=args.ckpt, checkpoint=digest(args.ckpt), kimg=checkpoint["seen"] / 1000,
                data=args.data or trained["data"], label=args.label, samples=args.samples,
                solver=args.solver, nfe=nfe, churn=args.churn, s_min=args.s_min,
                s_max=f"{args.s_max:g}", precision=args.precision)
@@ -163,8 +163,8 @@ def title(cell):
 
 def table(cells):
     """Cells with the same levels side by side."""
-    for _, some in groups(cells, "ckpt", "kimg", "data", "label", "samples", "solver", "nfe",
-                          "churn", "s_min", "s_max", "precision").items():
+    for _, some in groups(cells, "ckpt", "checkpoint", "kimg", "data", "label", "samples", "solver",
+                          "nfe", "churn", "s_min", "s_max", "precision").items():
         print(f"\n{title(some[0])}: distance from the forward process, and floor")
         print(f"{'t':>8}" + "".join(f"{curve(c):>24}" for c in some))
         for i, t in enumerate(some[0]["t"]):

@@ -22,10 +22,12 @@ def options():
     a("--runs", default="runs", help="folder of the networks' runs (default runs)")
     a("--seeds", type=number(int, 0), nargs="+", default=[0, 1], help="default 0 1")
     a("--nfe", type=number(int, 1), nargs="+", default=[9, 35],
-      help="network evaluations of Heun, odd numbers (default 9 35)")
+      help="network evaluations of Heun; it takes odd numbers, so one fewer where even (default "
+           "9 35)")
     a("--samples", type=number(int, 50), default=5000, help="a cell (default 5000)")
     add_device_option(p)
     args = p.parse_args()
+    args.nfe = [n - 1 + n % 2 for n in args.nfe]
     if args.quick:
         args.duration, args.seeds, args.samples, args.nfe = 0.032, [0], 50, [3]
         args.runs = f"{args.runs}/quick"

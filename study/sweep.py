@@ -13,9 +13,9 @@ from itertools import product
 import numpy as np
 
 from model import load_model
-from study.common import (QUICK, REFERENCES, RESOLUTIONS, Cells, Measure, deviation, drawn,
-                          groups, mean, parser, plotted, references, trained)
-from util import add_device_option, number
+from study.common import (QUICK, REFERENCES, RESOLUTIONS, Cells, Measure, deviation, digest, drawn,
+                          groups, mean, parser, plotted, precision, references, trained)
+from util import UserError, add_device_option, number
 
 RATIOS = [0, 0.1, 0.3, 0.5, 0.65, 1, 2, 10]
 
@@ -25,7 +25,7 @@ def options():
                         "with --bnr any: the paper's Table 3. With --steps its Figure 5, with "
                         "--path blurring its Table 4.")
     a = p.add_argument
-    a("--data", default="leaves", help="as for train.py (default leaves)")
+    a("--data", help="as for train.py (default leaves, or what --ckpt was trained on)")
     a("--preset", default="tiny", choices=RESOLUTIONS, help="as for train.py (default tiny)")
     a("--duration", type=number(float, 0.01), default=240., help="kimg (default 240)")
     a("--runs", default="runs", help="folder of the networks' runs (default runs)")
@@ -59,38 +59,57 @@ def options():
 
 
 def networks(args):
-    """(name, seed, kimg, function, ratios to sample at) of every network. The function returns its
+    """(name, kimg, seed, function, ratios to sample at) of every network. The function returns its
     checkpoint, and trains it when needed."""
     for filename in args.ckpt or ():
         _, checkpoint = load_model(filename)
-        seed, kimg = checkpoint["options"]["seed"], checkpoint["seen"] / 1000
-        yield "any", seed, kimg, lambda: filename, args.bnr
+        yield ("any", checkpoint["seen"] / 1000, checkpoint["options"]["seed"], lambda: filename,
+               args.bnr)
     for seed in args.seeds if not args.ckpt else ():
         for bnr in ("any", *args.single):
             name = bnr if bnr == "any" else f"{bnr:g}"
             train = partial(trained, f"{args.runs}/{name}-{seed}", "--data", args.data, "--preset",
                             args.preset, "--duration", args.duration, "--device", args.device,
                             "--bnr", name, "--seed", seed, *(QUICK if args.quick else ()))
-            yield name, seed, args.duration, train, args.bnr if bnr == "any" else [None]
+            yield name, args.duration, seed, train, args.bnr if bnr == "any" else [None]
+
+
+def check_models(args):
+    """Before anything is computed: the models of --ckpt, and the data that they say. UserError."""
+    resolution = RESOLUTIONS[args.preset]
+    for filename in args.ckpt or ():
+        _, checkpoint = load_model(filename)
+        if checkpoint["config"]["bnr"] != "any":
+            raise UserError(f"{filename} is a model of one path: --ckpt takes those of --bnr any")
+        if checkpoint["data"]["shape"][1:] != [resolution] * 2:
+            raise UserError(f"{filename} makes images of {checkpoint['data']['shape']}, and preset "
+                            f"{args.preset} has {resolution} x {resolution}: give --preset")
+        args.data = args.data or checkpoint["options"]["data"]
+    args.data = args.data or "leaves"
 
 
 def compute(args, cells):
+    check_models(args)
     measure = cache(lambda: measure_of(args, cells))
-    for network, seed, kimg, checkpoint, ratios in networks(args):
+    for network, kimg, seed, checkpoint, ratios in networks(args):
         curves = [(bnr, None) for bnr in ratios]
         curves += [(None, args.path)] if args.path and network == "any" else []
         for (bnr, path), (solver, nfe, steps) in product(curves, settings(args)):
             for draw in range(args.draws):
                 key = dict(data=args.data, preset=args.preset, kimg=kimg, network=network,
                            seed=seed, bnr=bnr, path=path, solver=solver, nfe=nfe, draw=draw,
-                           samples=args.samples, measure=name_of_measure(args))
+                           samples=args.samples, measure=name_of_measure(args),
+                           **({"checkpoint": digest(checkpoint())} if args.ckpt else {}))
                 if not cells.find(**key):
                     measure(), checkpoint()     # here, so that the cell's seconds are its own
-                seeds = range(draw * args.samples, (draw + 1) * args.samples)
-                cell = cells.compute(key, lambda: measure()(drawn(
-                    checkpoint(), seeds, args.device, bnr=bnr, path=path, solver=solver,
-                    steps=steps)))
-                print(row(cell), flush=True)
+
+                def value():
+                    seeds = range(draw * args.samples, (draw + 1) * args.samples)
+                    images = drawn(checkpoint(), seeds, args.device, bnr=bnr, path=path,
+                                   solver=solver, steps=steps)
+                    return {**measure()(images), "checkpoint": digest(checkpoint()),
+                            "precision": precision(args.device)}
+                print(row(cells.compute(key, value)), flush=True)
 
 
 def settings(args):
@@ -178,7 +197,7 @@ def over_draws(by_seed):
 
 def draw_plot(cells):
     """A row for each table. Left: distance against BNR, at the largest NFE of each solver. Right:
-    against NFE, a line a ratio and solver. Points are seeds and draws, lines their means."""
+    against NFE, a line a ratio and solver. Thin: a line a seed and draw; thick: their means."""
     tables = list(comparable(cells))
 
     def draw(plt):
@@ -197,7 +216,8 @@ def draw_plot(cells):
             by_ratio.set(xlabel="BNR", ylabel="Frechet distance", title=title)
             by_ratio.set_xscale("symlog", linthresh=0.1)
             by_ratio.set_xlim(left=-0.02)
-            by_nfe.set(xlabel="NFE", ylabel="Frechet distance")
+            by_nfe.set(xlabel="NFE", ylabel="Frechet distance",
+                       xticks=sorted({c["nfe"] for c in some}))
             for a in (by_ratio, by_nfe):
                 if a.lines:
                     a.legend(fontsize="small")
@@ -219,12 +239,14 @@ def plot_at_ratios(axes, cells, label):
 
 
 def plot_means(axes, cells, x, label):
-    """A line of the means and a point a cell, in the colour that is returned."""
+    """A line of the means and a thin one of each seed and draw, in the colour that is returned."""
     places = sorted({c[x] for c in cells})
     means = [mean([c["distance"] for c in cells if c[x] == place]) for place in places]
-    drawn_line, = axes.plot(places, means, label=label)
+    drawn_line, = axes.plot(places, means, label=label, lw=2)
     color = drawn_line.get_color()
-    axes.plot([c[x] for c in cells], [c["distance"] for c in cells], ".", color=color)
+    for of_one in groups(cells, "seed", "draw").values():
+        points = sorted((c[x], c["distance"]) for c in of_one)
+        axes.plot(*zip(*points), ".-", color=color, lw=0.5)
     return color
 
 

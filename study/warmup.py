@@ -6,10 +6,11 @@ Hot for T kimg, then at BNR 0.5 for T / 4 and T / 2, beside networks of BNR 0.5 
 scratch for T and for T + T / 2. It trains the networks with train.py, in the folder --runs, or
 continues those that are there.
 """
+from functools import cache, partial
 from pathlib import Path
 
-from study.common import Cells, Measure, deviation, drawn, parser, plotted, references, trained
-from study.common import REFERENCES, RESOLUTIONS, mean, top_bands
+from study.common import (QUICK, REFERENCES, RESOLUTIONS, Cells, Measure, deviation, digest, drawn,
+                          groups, mean, parser, plotted, references, top_bands, trained)
 from util import add_device_option, atomic_write, number
 
 
@@ -35,54 +36,75 @@ def options():
 
 
 def compute(args, cells):
-    t, measure = args.duration, None
+    count = args.samples if args.quick else REFERENCES
+    measure = cache(lambda: Measure(references(args.data, RESOLUTIONS[args.preset], count),
+                                    args.device))
     for seed in args.seeds:
-        folder = f"{args.runs}/warmup-{t:g}-{seed}"
-        hot = f"{folder}/hot"
-        # name, folder, options, and kimg of its training at which it is measured, growing
-        networks = [("hot", hot, ["--bnr", 0], [t, 1.5 * t])]
-        for lr in args.lr:
-            start = ["--bnr", 0.5, "--init-from", f"{hot}/ema-{t:g}.pt", "--lr", lr]
-            networks.append((f"hot, then warm at {lr:g}", f"{folder}/{lr:g}", start,
-                             [0.25 * t, 0.5 * t]))
-        networks.append(("warm", f"{folder}/warm", ["--bnr", 0.5], [t, 1.5 * t]))
-        for name, out, extra, durations in networks:
-            for kimg in durations:
-                checkpoint = trained_for(kimg, out, "--data", args.data, "--preset", args.preset,
-                                         "--device", args.device, "--seed", seed, *extra)
-                total = kimg + t if "then" in name else kimg
-                key = dict(data=args.data, preset=args.preset, hot_kimg=t, network=name,
-                           total_kimg=total, seed=seed, samples=args.samples)
-                if not cells.find(**key) and measure is None:
-                    count = args.samples if args.quick else REFERENCES
-                    measure = Measure(references(args.data, RESOLUTIONS[args.preset], count),
-                                      args.device)
-                cell = cells.compute(key, lambda: measure(drawn(
-                    checkpoint, range(args.samples), args.device, steps=18, solver="multistep")))
-                print(f"{name}, {total:g} kimg, seed {seed}: {cell['distance']:.1f}, power "
-                      f"{top_bands(cell)}", flush=True)
+        for name, total, checkpoint in networks(args, seed):
+            key = dict(data=args.data, preset=args.preset, hot_kimg=args.duration, network=name,
+                       total_kimg=total, seed=seed, samples=args.samples)
+            if not cells.find(**key):
+                measure(), checkpoint()         # here, so that the cell's seconds are its own
+
+            def value():
+                images = drawn(checkpoint(), range(args.samples), args.device, steps=18,
+                               solver="multistep")
+                return {**measure()(images), "checkpoint": digest(checkpoint())}
+            cell = cells.compute(key, value)
+            print(f"{name}, {total:g} kimg, seed {seed}: {cell['distance']:.1f}, power "
+                  f"{top_bands(cell)}", flush=True)
 
 
-def trained_for(kimg, out, *options):
-    """A copy of the ema.pt of that moment, which stays when the run in the folder out goes on."""
-    kept = Path(out) / f"ema-{kimg:g}.pt"
-    if not kept.exists():
-        ema = Path(trained(out, *options, "--duration", kimg))
-        with atomic_write(kept) as f:
-            f.write(ema.read_bytes())
+def networks(args, seed):
+    """(name, kimg in all, function) of each network and moment. The function returns the checkpoint
+    of that moment, and trains what is missing."""
+    t = args.duration
+    folder = f"{args.runs}/warmup-{args.data.replace('/', '-')}-{args.preset}-{t:g}-{seed}"
+
+    def train(out, moments, *options):
+        return [partial(trained_for, kimg, moments, f"{folder}/{out}", "--data", args.data,
+                        "--preset", args.preset, "--device", args.device, "--seed", seed,
+                        *(QUICK if args.quick else ()), *options) for kimg in moments]
+    hot, longer = train("hot", [t, 1.5 * t], "--bnr", 0)
+    yield "hot", t, hot
+    yield "hot", 1.5 * t, longer
+    for lr in args.lr:
+        moments = [0.25 * t, 0.5 * t]
+        options = ["--bnr", 0.5, "--init-from", f"{folder}/hot/ema-{t:g}.pt", "--lr", lr]
+        for kimg, warm in zip(moments, train(f"{lr:g}", moments, *options)):
+            yield f"hot, then warm at {lr:g}", t + kimg, lambda: (hot(), warm())[1]
+    for kimg, warm in zip([t, 1.5 * t], train("warm", [t, 1.5 * t], "--bnr", 0.5)):
+        yield "warm", kimg, warm
+
+
+def trained_for(kimg, moments, out, *options):
+    """The ema.pt of a run in the folder out at so many kimg. The run is trained from moment to
+    moment, and the checkpoint of each is kept, since the run goes on."""
+    for moment in (m for m in moments if m <= kimg):
+        kept = Path(out) / f"ema-{moment:g}.pt"
+        if not kept.exists():
+            ema = Path(trained(out, *options, "--duration", moment))
+            with atomic_write(kept) as f:
+                f.write(ema.read_bytes())
     return str(kept)
+
+
+def comparable(cells):
+    """Title and cells of each table: of one data set, preset, and so on."""
+    by_values = groups(cells.cells, "data", "preset", "samples", "hot_kimg")
+    for (data, preset, samples, t), some in sorted(by_values.items()):
+        yield f"{data}, {preset}, T = {t:g} kimg, {samples} samples", 1.5 * t, some
 
 
 def table(cells):
     """Seeds differ by more than the networks do, so the column `less` compares within each seed."""
-    for t in sorted({c["hot_kimg"] for c in cells.cells}):
-        scratch = {c["seed"]: c["distance"]
-                   for c in cells.find(hot_kimg=t, network="warm", total_kimg=1.5 * t)}
-        print(f"\nT = {t:g} kimg; mean and standard deviation over seeds; less: than warm from "
-              f"scratch for {1.5 * t:g} kimg\n{'':26}{'kimg':>6}{'distance':>16}{'less':>16}   "
-              "power, seed by seed")
-        for name, total in rows(cells, t):
-            found = cells.find(hot_kimg=t, network=name, total_kimg=total)
+    for title, longest, some in comparable(cells):
+        by_network = groups(some, "network", "total_kimg")
+        scratch = {c["seed"]: c["distance"] for c in by_network.get(("warm", longest), [])}
+        print(f"\n{title}; mean and standard deviation over seeds; less: than warm from scratch "
+              f"for {longest:g} kimg\n{'':26}{'kimg':>6}{'distance':>16}{'less':>16}   power, seed "
+              "by seed")
+        for (name, total), found in sorted(by_network.items()):
             values = [c["distance"] for c in found]
             gains = [scratch[c["seed"]] - c["distance"] for c in found if c["seed"] in scratch]
             columns = [f"{mean(v):.1f} +- {deviation(v)}" if v else "-" for v in (values, gains)]
@@ -90,23 +112,20 @@ def table(cells):
                   + "; ".join(map(top_bands, found)))
 
 
-def rows(cells, t):
-    return sorted({(c["network"], c["total_kimg"]) for c in cells.find(hot_kimg=t)})
-
-
 def draw_plot(cells):
+    """Distance against the kimg in all. A line a network and seed: seeds differ by more."""
+    tables = list(comparable(cells))
+
     def draw(plt):
-        times = sorted({c["hot_kimg"] for c in cells.cells})
-        figure, axes = plt.subplots(1, len(times), figsize=(6 * len(times), 4), squeeze=False)
-        for axis, t in zip(axes[0], times):
-            for name in sorted({name for name, _ in rows(cells, t)}):
-                points = [(c["total_kimg"], c["distance"])
-                          for c in cells.find(hot_kimg=t, network=name)]
-                totals = sorted({total for total, _ in points})
-                means = [mean([d for other, d in points if other == total]) for total in totals]
-                line, = axis.plot(totals, means, label=name)
-                axis.plot(*zip(*points), ".", color=line.get_color())
-            axis.set(xlabel="kimg in all", ylabel="Frechet distance", title=f"T = {t:g} kimg")
+        figure, axes = plt.subplots(1, len(tables), figsize=(7 * len(tables), 4.5), squeeze=False)
+        for axis, (title, _, some) in zip(axes[0], tables):
+            names = sorted({c["network"] for c in some})
+            for (name, seed), same in sorted(groups(some, "network", "seed").items()):
+                points = sorted((c["total_kimg"], c["distance"]) for c in same)
+                first = seed == min(c["seed"] for c in some)
+                axis.plot(*zip(*points), ".-", color=f"C{names.index(name)}",
+                          label=name if first else None)
+            axis.set(xlabel="kimg in all", ylabel="Frechet distance", title=title)
             axis.legend()
         return figure
     plotted(cells.png, draw)

@@ -2,6 +2,7 @@
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from exact import gaussian_heads, m_of, power_law
 from sample import seed_noise, solve, time_steps
 from study import blind
 from study.blind import Reader, draw, solve_blind
+from study.common import digest
 from util import UserError, save_grid, to_uint8
 
 PATHS = [ConstantBNR(0), ConstantBNR(0.5), BlurringPath()]
@@ -227,9 +229,24 @@ def test_the_tables_from_the_command_line(tmp_path, monkeypatch, capsys, small_m
     go(monkeypatch, "--quick", "--results", tmp_path / "results", "--plot-only")
     again = capsys.readouterr().out
     assert file.read_bytes() == before
-    tables = printed[printed.index("\nread sigma over"):].splitlines()
-    assert [line for line in again.splitlines() if ".png" not in line] == \
-        [line for line in tables if ".png" not in line]
+    first, second = ([line for line in text.splitlines() if ".png" not in line]
+                     for text in (printed, again))
+    assert len(second) > 30 and first[-len(second):] == second
+
+
+def test_tables_keep_unlike_cells_apart(tmp_path, monkeypatch, capsys):
+    cell = dict(kind="samples", network="any", seed=0, kimg=60, curve="BNR 0", start=1., nfe=35,
+                half_way=1., draw=0, levels=[[1., 0., 0.1]], power=[1.] * 3)
+    with open(tmp_path / "blind.jsonl", "w") as f:
+        for i, more in enumerate([{"data": "leaves", "samples": 50}, {"data": "c10", "samples": 50},
+                                  {"data": "c10", "samples": 90}]):
+            for blind_one in (False, True):
+                more.update(blind=blind_one, distance=100. * (i + 1) + 7 * blind_one)
+                f.write(json.dumps({**cell, **more}) + "\n")
+    go(monkeypatch, "--plot-only", "--results", tmp_path)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("NFE")]
+    assert [row.split()[4:] for row in rows] == [f"{d}; {d + 7}; +7.0 +- -".split()
+                                                 for d in (100., 200., 300.)]
 
 
 def noting(function, given):
@@ -251,17 +268,20 @@ def test_a_reader_is_kept_as_plain_tensors_and_samples(tmp_path, monkeypatch, ca
     file = tmp_path / "run/blind.pt"
     kept = torch.load(file, weights_only=True)
     assert sum(v.numel() for v in kept["reader"].values()) < 100_000
-    reader, errors = blind.load_reader(file, 3, "BNR 0.5")
+    model = SimpleNamespace(file=file, shape=[3, 8, 8], curve="BNR 0.5", digest=digest(checkpoint))
+    blind.load_reader(model)
     x = unit_noise(2, 3, 8, 8)
     fresh = Reader(3)
     fresh.load_state_dict(kept["reader"])
-    assert torch.equal(reader(x), fresh(x)) and errors == kept["errors"]
+    assert torch.equal(model.reader(x), fresh(x)) and model.errors == kept["errors"]
+    assert model.duration == 0.256
     go(monkeypatch, "--ckpt", checkpoint, "--sample", "--seeds", "0-3", "--steps", 3)
     assert (tmp_path / "run/blind-grid.png").exists()
-    assert torch.load(file, weights_only=True)["errors"] == errors             # not trained again
+    assert torch.load(file, weights_only=True)["errors"] == model.errors       # not trained again
 
-    with pytest.raises(UserError, match="not a reader of BNR 2"):
-        blind.load_reader(file, 3, "BNR 2")
+    for other in ({"curve": "BNR 2"}, {"digest": "another model"}):
+        with pytest.raises(UserError, match="not a reader of BNR"):
+            blind.load_reader(SimpleNamespace(**{**vars(model), **other}))
     for damage in (b"", file.read_bytes()[:5000]):
         file.write_bytes(damage)
         line, = refusal(monkeypatch, capsys, "--ckpt", checkpoint, "--sample")

