@@ -153,6 +153,34 @@ def test_mistakes_are_answered_with_one_line_before_anything_is_trained(name, fo
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_sweep_takes_networks_for_every_ratio_at_the_presets_size(folder, tmp_path):
+    checkpoint = torch.load("trained/ema.pt", weights_only=True)
+    checkpoint["config"]["bnr"] = 0.5
+    torch.save(checkpoint, tmp_path / "single.pt")
+    args = ["--quick", "--device", "cpu", "--results", tmp_path, "--ckpt"]
+    for more, words in (([tmp_path / "single.pt"], "is a model of one path"),
+                        (["trained/ema.pt", "--preset", "cifar10"], "and preset cifar10 has 32 x")):
+        code, out, err = start("sweep", *args, *more)
+        assert code == 2 and words in err and err.count("\n") == 1
+
+
+def test_a_checkpoint_with_the_seed_of_another_is_sampled_too(folder, tmp_path, monkeypatch):
+    checkpoint = torch.load("trained/ema.pt", weights_only=True)
+    checkpoint["weights"] = {k: v * 1.5 for k, v in checkpoint["weights"].items()}
+    torch.save(checkpoint, tmp_path / "other.pt")
+    monkeypatch.setattr(sweep, "Measure", lambda images, *_: lambda images: {
+        "distance": images.float().mean().item(), "power": [1.] * 3})
+    args = ["--quick", "--device", "cpu", "--results", tmp_path, "--bnr", 2, "--ckpt"]
+    for files in (["trained/ema.pt", tmp_path / "other.pt"], [tmp_path / "other.pt"]):
+        code, out, err = start("sweep", *args, *files)
+        assert code == 0, err
+    lines = (tmp_path / "quick/sweep.jsonl").read_text().splitlines()
+    floor, *cells = map(json.loads, lines)
+    assert {c["data"] for c in cells} == {"set"}                # what it was trained on
+    assert len({(c["bnr"], c["checkpoint"]) for c in cells}) == len(cells) == 4
+    assert len({c["distance"] for c in cells if c["bnr"] == 2}) == 2
+
+
 # Results
 
 class Args:
