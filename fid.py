@@ -105,6 +105,10 @@ def statistics(batches, net, resize, digest, source, batch=256):
             sizes.add("{} x {}".format(*images.shape[2:]))
             yield images
     mu, sigma, n = mean_and_covariance(noted(), partial(net, resize=resize), batch)
+    if world_size() > 1:
+        parts = [None] * world_size()
+        dist.all_gather_object(parts, sizes)
+        sizes = set.union(*parts)
     return {"mu": mu, "sigma": sigma, "num": n, "source": source, "resize": resize,
             "weights": digest, "size": sizes.pop() if len(sizes) == 1 else "several sizes"}
 
@@ -490,8 +494,11 @@ def main():
     args = p.parse_args()
     if bool(args.samples) == bool(args.ckpt):
         p.error("give either samples or --ckpt")
-    if args.bnr and not args.ckpt:
-        p.error("--bnr is for --ckpt: the ratios to sample the model at")
+    for name in () if args.ckpt else ("bnr", "path", "draws", "steps", "solver", "churn", "s_min",
+                                      "s_max", "precision", "compile", "label"):
+        if getattr(args, name) != p.get_default(name):
+            flag = "class" if name == "label" else name.replace("_", "-")
+            p.error(f"--{flag} is for --ckpt: images on disk are as they are")
     if args.bnr and args.path:
         p.error("--bnr and --path are two ways to choose the path: give one of them")
     if args.resolution and args.ckpt:
@@ -519,6 +526,9 @@ def score(args):
             load(spec, resolution or None)                      # one process makes it for all
     for spec in filter(saved.get, saved):
         check_comparable(saved[spec], spec, resolution, args.resize, digest)
+    if args.samples and saved[args.samples] and args.num < (saved[args.samples]["num"] or 0):
+        raise UserError(f"--num {args.num}: {args.samples} holds the statistics of "
+                        f"{saved[args.samples]['num']} images, and not the images")
 
     common = {"net": net, "resize": args.resize, "digest": digest, "batch": args.batch}
     ref = saved[args.ref] or reference_statistics(args.ref, resolution, **common)

@@ -279,8 +279,9 @@ def start_from(net, filename, path):
 
     Layers in MAY_BE_NEW that only the new network has start at zero. Those that only the checkpoint
     has become a constant in a bias: the ratio of path at t = 0.3, near the median of training, and
-    the mean over the classes. The deblurring head starts at zero where the checkpoint is of BNR 0,
-    which has not trained it. Raises UserError that names what does not fit.
+    the mean over the classes. Each class starts from that mean where their number differs. The
+    deblurring head starts at zero where the checkpoint is of BNR 0, which has not trained it.
+    Raises UserError that names what does not fit.
     """
     old, checkpoint = load_model(filename)
     theirs, ours, config = old.state_dict(), net.state_dict(), checkpoint["config"]
@@ -299,6 +300,8 @@ def start_from(net, filename, path):
     for name, value in ours.items():
         if name in theirs and theirs[name].shape == value.shape:
             value.copy_(theirs[name])
+        elif name == "unet.from_label.weight" and name in theirs:       # other classes: their mean
+            value.copy_(theirs[name].mean(1, keepdim=True) * math.sqrt(old.classes / net.classes))
         elif name.startswith(MAY_BE_NEW):
             value.zero_()
         else:

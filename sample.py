@@ -144,8 +144,9 @@ def plain_image(latents, mean, cov):
     """Images of one colour each, drawn from a Gaussian with mean [C] and cov [C][C]."""
     mean, cov = torch.tensor(mean).to(latents), torch.tensor(cov).to(latents)
     values, vectors = torch.linalg.eigh(cov)                    # cov may be singular: no Cholesky
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T     # whatever signs eigh has chosen
     z = latents.mean((2, 3)) * math.sqrt(latents[0, 0].numel())         # [B, C], unit normal
-    colour = mean + z @ (vectors * values.clamp(min=0).sqrt()).T
+    colour = mean + z @ root
     return colour[:, :, None, None].expand_as(latents)          # [B, C, H, W]
 
 
@@ -252,6 +253,10 @@ def sampler(args, net, checkpoint):
     """The sampler's options as keywords of generate, and the NFE. Raises UserError."""
     if args.solver == "multistep" and (args.churn or checkpoint["config"]["bnr"] == math.inf):
         raise UserError("--solver multistep takes no churn and no cold model: use heun or euler")
+    if (args.s_min, args.s_max) != (0, math.inf) and not args.churn:
+        raise UserError("--s-min and --s-max are the levels of --churn, which is 0")
+    if args.s_min > args.s_max:
+        raise UserError(f"--s-min {args.s_min:g} is above --s-max {args.s_max:g}")
     steps = args.steps or checkpoint["options"]["sample_steps"]
     nfe = 2 * steps - 1 if args.solver == "heun" else steps
     options = dict(steps=steps, solver=args.solver, churn=args.churn, s_min=args.s_min,
@@ -301,14 +306,15 @@ def main():
       help="instead of --seeds: N images on the way from the noise of seed A to that of seed B")
     a("--out", default="samples", help="folder of the PNGs, or of .npy files where the images have "
                                        "neither 1 nor 3 channels (default samples)")
-    a("--grid", action="store_true", help="write only the grid, OUT-grid.png")
-    a("--strip", action="store_true", help="write only the film strip of the first three seeds, "
-                                           "OUT-strip.png")
+    only = p.add_mutually_exclusive_group().add_argument
+    only("--grid", action="store_true", help="write only the grid, OUT-grid.png")
+    only("--strip", action="store_true", help="write only the film strip of the first three seeds, "
+                                              "OUT-strip.png")
     a("--bnr", type=number(float, 0), nargs="+", metavar="R",
       help="for a model of --bnr any: the ratio, 0 to 10; with --strip up to three (default 0.5)")
     sampler_options(p)
     a("--init", help="start from this image, degraded to --level")
-    a("--level", type=number(float, 0.01, 80), help="level t of --init (default 1)")
+    a("--level", type=number(float, 0.01), help="level t of --init (default 1)")
     a("--batch", type=number(int, 1), default=64, help="images at a time (default 64)")
     args = p.parse_args()
     if args.level and not args.init:
@@ -331,6 +337,8 @@ def main():
         if args.init:
             init = normalize(read_image(args.init, *checkpoint["data"]["shape"]))
             options.update(init=init, level=args.level or 1.)
+            if isinstance(paths[0], ColdPath):                  # without noise all seeds are alike
+                args.seeds = args.seeds[:1]
         args.prefix = ""
         if args.interpolate:
             first, last, n = interpolation(args.interpolate)
@@ -376,7 +384,7 @@ def draw_images(args, net, paths, checkpoint, out, options, nfe):
         dist.all_gather_object(parts, shown)
         shown = [image for some in zip_longest(*parts) for image in some if image is not None]
     if rank() == 0:
-        save_grid(torch.stack(shown), f"{out}-grid.png")
+        save_grid(torch.stack(shown[:256]), f"{out}-grid.png")
         files = f"{out}-grid.png" if args.grid else f"{out}/ and {out}-grid.png"
         report(len(args.seeds), options, nfe, files)
 

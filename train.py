@@ -84,7 +84,7 @@ def options(argv=None):
     a("--lr", type=number(float, 0, 1), default=1e-3, help="Adam's learning rate (default 1e-3)")
     a("--warmup", type=number(float, 0), default=10000.,
       help="kimg in which the learning rate rises from 0 (default 10000)")
-    a("--duration", type=number(float, 0, 1e9), default=200000.,
+    a("--duration", type=number(float, 0.001, 1e9), default=200000.,
       help="kimg to train for (default 200000)")
     a("--ema", type=number(float, 0), default=500., help="half-life of the EMA, kimg (default 500)")
     a("--dropout", type=number(float, 0, 0.99), default=0.13, help="probability (default 0.13)")
@@ -109,23 +109,24 @@ def options(argv=None):
       help="torch.compile the network, a minute or two (default: on a GPU)")
     a("--log-every", type=number(float, 0.001), default=50.,
       help="kimg between log lines (default 50)")
-    a("--snapshot-every", type=number(float, 0, 1e9), default=2500.,
+    a("--snapshot-every", type=interval, default=2500.,
       help="kimg between checkpoints, each with a grid of samples (default 2500)")
-    a("--keep-every", type=number(float, 0, 1e9), default=0.,
+    a("--keep-every", type=interval, default=0.,
       help="kimg between copies of ema.pt to keep, ema-KIMG.pt; 0: none (default 0)")
     a("--sample-steps", type=number(int, 1, 1000), default=18,
       help="Heun steps of the grid (default 18)")
-    a("--fid-every", type=number(float, 0), default=0.,
+    a("--fid-every", type=interval, default=0.,
       help="kimg between FIDs of the EMA; 0: none (default 0)")
     a("--fid-num", type=number(int, 2), default=10000,
       help="images of such an FID, seeds from 0 (default 10000)")
     a("--fid-weights", help="the FID network's weights (default: fetched once into data/)")
+    argv = sys.argv[1:] if argv is None else argv
     given = p.parse_args(argv)
     if given.resume:
-        p.set_defaults(**{**options_of_run(p, given.resume), "out": given.resume})
-    else:
-        preset = given.preset or ("cifar10" if given.data == "cifar10" else "tiny")
-        p.set_defaults(**PRESETS[preset], preset=preset)
+        argv = [*options_of_run(p, given.resume), "--out", given.resume, *argv]
+        given = p.parse_args(argv)
+    preset = given.preset or ("cifar10" if given.data == "cifar10" else "tiny")
+    p.set_defaults(**PRESETS[preset], preset=preset)
     args = p.parse_args(argv)
     if args.resume not in (None, args.out):
         p.error("--resume and --out name two folders: give one of them")
@@ -134,13 +135,34 @@ def options(argv=None):
 
 
 def options_of_run(parser, folder):
-    """What write_options has written. The device is that of this machine."""
-    known = {action.dest for action in parser._actions} - {"device"}
+    """What write_options has written, as words of a command line. The device is this machine's."""
     try:
         with open(f"{folder}/options.json") as f:
-            return {k: v for k, v in json.load(f).items() if k in known}
-    except (OSError, ValueError, AttributeError):
+            stored = json.load(f)
+        if stored["path"]:
+            del stored["bnr"]
+        words = [f"--preset={stored['preset']}"]
+        for action in parser._actions:
+            value, flag = stored.get(action.dest), action.option_strings[0]
+            if action.dest in ("device", "out") or value is None:
+                continue
+            if isinstance(value, bool):
+                words += [flag] if value else ["--no-compile"] if flag == "--compile" else []
+            elif isinstance(value, list):
+                words += [flag, *map(str, value)]
+            else:
+                words.append(f"{flag}={value}")
+        return words
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         parser.error(f"--resume {folder}: it holds no run (a readable options.json)")
+
+
+def interval(text):
+    """An argparse type: kimg between two events, 0 for none. A smaller one has no exact images."""
+    value = number(float, 0, 1e9)(text)
+    if 0 < value < 0.001:
+        raise argparse.ArgumentTypeError(f"must be 0 or at least 0.001, not {text!r}")
+    return value
 
 
 def bnr(text):
@@ -273,7 +295,8 @@ def loss_terms(run, net, batch):
 
 def update(run):
     """Adam's step. From the first gradient on that is not finite, no weight moves any more."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in run.weights])
+    given = [p.grad for p in run.weights if p.grad is not None]         # yours may have frozen ones
+    norm = torch.nn.utils.get_total_norm(given)
     run.norms.append(norm)
     run.broken = torch.maximum(run.broken, 1 - norm.isfinite().float())
     run.optimizer.found_inf = run.broken                        # at 1, a fused Adam does nothing
@@ -303,11 +326,13 @@ def images_of(kimg):
 
 
 def kimg_name(run):
-    """The kimg seen, to the digit that the intervals need: 000020, or 000000.032."""
+    """The kimg seen, to the digit that the intervals need: 000020, or 000000.032. At the end of a
+    run, which may lie between two of them, all digits."""
     intervals = (run.args.snapshot_every, run.args.keep_every)
     digits = max(len(f"{k:.3f}".rstrip("0").split(".")[1]) for k in intervals)
     kimg, rest = divmod(run.seen, 1000)
-    return f"{kimg:06d}.{f'{rest:03d}'[:digits]}".rstrip(".")
+    rest = f"{rest:03d}"[:digits] if crossed(run, *intervals) else f"{rest:03d}".rstrip("0")
+    return f"{kimg:06d}.{rest}".rstrip(".")
 
 
 def log(run, stopping):
@@ -370,11 +395,15 @@ def prepare(args, data, path, net):
         run.config["path"] = type(path).__name__
     if net is not None:
         run.config["unet"] = None           # load its weights yourself, with util.read_checkpoint
+        run.config["sigma_data"] = net.sigma_data
     run.path = path or make_path(args.bnr, args.path)
     run.sampling = ConstantBNR(0.5) if isinstance(run.path, AnyBNR) else run.path
+    shape = run.facts["shape"][1:]
+    if run.sampling.levels(run.sampling.t_range(*shape)[1])[1] == 0:            # it has no noise
+        run.config["colour"] = data.colour()
 
     torch.manual_seed(seed_for("weights", args.seed))
-    net = net or checked_build(run.config, *run.facts["shape"][1:])
+    net = net or checked_build(run.config, *shape)
     if args.init_from and not state:
         start_from(net, args.init_from, run.path)
     run.net = net.to(device, memory_format=torch.channels_last)
@@ -443,7 +472,7 @@ def model_config(args, data):
     if args.bnr == "any":
         unet["ratio"] = True
     return {"bnr": args.bnr, "path": args.path, "sigma_data": SIGMA_DATA, "param": args.param,
-            "colour": data.colour() if args.bnr == math.inf else None, "unet": unet}
+            "colour": None, "unet": unet}
 
 
 def checked_build(config, h, w):
@@ -453,9 +482,10 @@ def checked_build(config, h, w):
     except ValueError as e:
         raise UserError(e) from None
     sizes = [max(h, w) >> level for level in range(len(config["unet"]["mult"]))]
-    if not set(config["unet"]["attention"]) <= set(sizes):
-        raise UserError(f"--attention {config['unet']['attention']} is at none of the levels' "
-                        f"sizes, {sizes}: choose among them, or none")
+    missing = [side for side in config["unet"]["attention"] if side not in sizes]
+    if missing:
+        raise UserError(f"--attention {' '.join(map(str, missing))}: the levels have sides of "
+                        f"{', '.join(map(str, sizes))}; choose among them, or none")
     return net
 
 
@@ -546,21 +576,34 @@ def resumable(args):
                             "another --out")
         return None
     state = read_checkpoint(filename)
-    needed = {"net", "ema", "optimizer", "options", "data", "seen"}
-    if not state.keys() >= needed or not isinstance(state["options"], dict):
+    needed = {"net", "ema", "optimizer", "options", "data", "seen", "config"}
+    if not state.keys() >= needed or not all(
+            isinstance(state[k], dict) for k in ("options", "config")):
         raise UserError(f"{filename} is not a state of train.py: choose another --out")
     differ = [f"--{k.replace('_', '-')} {state['options'].get(k)}, not {v}"
               for k, v in vars(args).items()
-              if k not in MAY_CHANGE_ON_RESUMING and state["options"].get(k) != v]
+              if k not in MAY_CHANGE_ON_RESUMING and state["options"].get(k) != v
+              and not (k == "data" and moved(state["options"].get(k), v))]
     if differ:
         raise UserError(f"{args.out} holds a run with {'; '.join(differ)}: choose another --out, "
                         "or repeat its options")
     return state
 
 
+def moved(before, now):
+    """Whether two names of data may be the same images in another folder. restore() compares what
+    they are."""
+    return isinstance(before, str) and os.path.basename(os.path.abspath(before)) == \
+        os.path.basename(os.path.abspath(now))
+
+
 def restore(run, state):
     """Puts a saved state into the run. UserError where it does not fit."""
     out = run.args.out
+    differ = [f"{k} {state['config'].get(k)}, not {run.config[k]}" for k in run.config
+              if k != "colour" and state["config"].get(k) != run.config[k]]
+    if differ:                              # only a path or network that the caller has given
+        raise UserError(f"{out} holds a run with {'; '.join(differ)}: choose another --out")
     if state["data"] != run.facts:
         raise UserError(f"{out} was trained on other images: {state['data']}, and these are "
                         f"{run.facts}")

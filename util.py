@@ -6,10 +6,13 @@ import contextlib
 import datetime
 import errno
 import hashlib
+import http.client
 import io
 import json
 import math
 import os
+import re
+import secrets
 import signal
 import stat
 import sys
@@ -201,6 +204,8 @@ def crop_and_resize(image, width, height):
 
 def read_image(filename, channels, height, width):
     """One image file, cropped and resized: uint8 [1, channels, height, width]. Raises UserError."""
+    if channels not in (1, 3):
+        raise UserError(f"{filename} cannot become an image of {channels} channels")
     refuse_special(filename)
     try:
         image = open_upright(filename).convert("L" if channels == 1 else "RGB")
@@ -280,16 +285,18 @@ def writable_folder(folder):
 @contextlib.contextmanager
 def atomic_write(filename, mode="wb"):
     """A file to write in. It is flushed to disk and renamed to filename when it is complete, so
-    that a reader finds the old file or the new one, never a part."""
+    that a reader finds the old file or the new one, never a part. Until then its name is its own:
+    two programs may write the same file at once."""
+    part = f"{filename}.{secrets.token_hex(4)}.part"
     try:
-        with open(f"{filename}.part", mode) as f:
+        with open(part, mode) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(f"{filename}.part", filename)
+        os.replace(part, filename)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.remove(f"{filename}.part")
+            os.remove(part)
         raise
 
 
@@ -359,7 +366,8 @@ def check_facts(checkpoint, weights, size):
 @contextlib.contextmanager
 def locked(folder):
     """Within, the folder exists and no other run can have it. UserError where another has it. The
-    lock ends with the process, however that ends. A folder that stays empty is removed."""
+    lock ends with the process, however that ends. Parts of files that a killed run has left are
+    removed, and so is a folder that stays empty."""
     if rank() > 0 or fcntl is None:
         yield
         return
@@ -370,6 +378,11 @@ def locked(folder):
         except BlockingIOError:
             raise UserError(f"{folder} is in use by another run: choose another --out, or wait for "
                             "its end") from None
+        except OSError as e:                                    # some network disks have no locks
+            warn(f"{folder} cannot be locked ({e.strerror}): start no second run in it")
+        for name in os.listdir(folder):
+            if re.search(r"\.[0-9a-f]{8}\.part$", name):
+                os.remove(f"{folder}/{name}")
         try:
             yield
         finally:
@@ -383,7 +396,7 @@ def resumed_log(filename, seen):
     kept = []
     if os.path.exists(filename):
         for line in open(filename):
-            with contextlib.suppress(ValueError):               # the last line may be incomplete
+            with contextlib.suppress(ValueError, KeyError, TypeError):      # an incomplete line
                 kept += [line] if json.loads(line)["kimg"] <= seen / 1000 else []
     with atomic_write(filename, "w") as f:
         f.writelines(kept)
@@ -401,7 +414,7 @@ def fetch(url, path, algorithm, digest, otherwise=""):
             raise UserError(f"{path} is damaged (its {algorithm} is not {digest}): remove it, or "
                             f"{remedy}")
         return path
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with urllib.request.urlopen(url, timeout=30) as r, open(part, "wb") as f:
@@ -412,9 +425,10 @@ def fetch(url, path, algorithm, digest, otherwise=""):
                     bar.update(len(block))
         if part.stat().st_size < size:
             raise OSError("the connection was lost")
-    except OSError as e:
+    except (OSError, http.client.HTTPException) as e:
         part.unlink(missing_ok=True)
-        raise UserError(f"cannot fetch {path.name} ({e}): {remedy}") from None
+        reason = " ".join(str(e).split())
+        raise UserError(f"cannot fetch {path.name} ({reason}): {remedy}") from None
     if not has_digest(part, algorithm, digest):
         os.replace(part, f"{path}.bad")
         raise UserError(f"the file from {url} does not have the {algorithm} {digest}; it is kept "

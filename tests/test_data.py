@@ -408,6 +408,40 @@ def server():
     s.server_close()
 
 
+def test_a_download_that_breaks_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, server):
+    handler, url = server
+    monkeypatch.setattr(data, "CIFAR10_URL", url)
+    for line in (b"no http at all\r\n\r\n",
+                 b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nshort"):
+        monkeypatch.setattr(handler, "do_GET", lambda self: self.wfile.write(line))
+        with pytest.raises(UserError, match="cannot fetch cifar-10-binary.tar.gz .*put it at"):
+            load("cifar10", folder=tmp_path)
+        assert not list(tmp_path.iterdir())
+
+
+def test_two_programs_may_decode_the_same_folder_at_once(tmp_path, files, monkeypatch):
+    monkeypatch.setattr(data, "KEEP_FROM", 8 * 8 * 2)
+    folder = as_folder(tmp_path / "set", files)
+    whole = load(folder, None, tmp_path / "elsewhere").images.clone()
+    started = iter([True])
+
+    def decoded(*args, original=data.decoded):
+        pairs = list(original(*args))
+        yield pairs[0]
+        yield pairs[1]
+        if next(started, False):                                # the other one comes and fails
+            with pytest.raises(KeyboardInterrupt):
+                load_and_stop()
+        yield from pairs[2:]
+
+    def load_and_stop():
+        load(folder, None, tmp_path / "data")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data, "decoded", decoded)
+    assert torch.equal(load(folder, None, tmp_path / "data").images, whole)
+    assert torch.equal(load(folder, None, tmp_path / "data").images, whole)
+
+
 def test_cifar10_is_fetched_once_and_checked(tmp_path, monkeypatch, server):
     handler, url = server
     handler.body, images, labels = cifar_archive()

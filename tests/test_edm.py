@@ -347,10 +347,14 @@ def test_a_conditional_network_keeps_its_labels_or_leaves_them_out(tmp_path, con
     tune(tmp_path / "ten", source, 0.004, *cond, "--cond", data=noise(classes=10))
     net, _ = load_model(tmp_path / "ten/ema.pt")
     torch.testing.assert_close(net(x, 0, sigma, label=label)[0], expected, rtol=0, atol=1e-5)
-    two = tune(tmp_path / "two", source, 0.004, *cond, "--cond", data=noise(classes=2))
-    assert not two["net"]["unet.from_label.weight"].any()
+    two = tune(tmp_path / "two", source, 0.004, *cond, "--cond", data=noise(classes=2))["net"]
     none = tune(tmp_path / "none", source, 0.004, *cond)["net"]
     old = torch.load(source, weights_only=True)["weights"]
+    for name in ("weight", "bias"):                             # each class is told their mean
+        old_mean = {"weight": old["unet.from_label.weight"].mean(1, keepdim=True) * math.sqrt(5),
+                    "bias": old["unet.from_label.bias"]}[name]
+        new = two[f"unet.from_label.{name}"]
+        torch.testing.assert_close(new, old_mean.expand_as(new), rtol=0, atol=1e-6)
     bias = "unet.embed.0.bias"
     assert all(torch.equal(v, old[k]) for k, v in none.items() if k != bias)
     labels = torch.nn.functional.one_hot(torch.arange(10), 10) * math.sqrt(10)

@@ -188,6 +188,9 @@ def share_of_statistics(rank, port, images, result):
         mean_and_covariance([images[:1]] if rank == 0 else [], net)
     with pytest.raises(UserError, match="no images"):
         mean_and_covariance([], net)
+    sizes = [images[:, :, :1], images][rank]                    # another one in each process
+    assert fid.statistics([sizes], lambda x, resize: x[:, :, 0].flatten(1), "tf1", "0",
+                          "x")["size"] == "several sizes"
     if rank == 1:
         np.savez(result, mu=mu, cov=cov, n=n)
     torch.distributed.destroy_process_group()
@@ -498,6 +501,9 @@ def test_what_cannot_be_scored_is_one_line(folder, weights, tmp_path, monkeypatc
         (["--ckpt", "run/ema.pt", "--ref", folder], "run/ema.pt does not exist"),
         (["--ckpt", "run/ema.pt", "--ref", "none"], "none does not exist"),
         ([folder, "--ref", folder, "--bnr", "1"], "--bnr is for --ckpt"),
+        ([folder, "--ref", folder, "--path", "blurring"], "--path is for --ckpt"),
+        ([folder, "--ref", folder, "--class", "a"], "--class is for --ckpt"),
+        ([folder, "--ref", folder, "--s-max", "3"], "--s-max is for --ckpt"),
         (["--ckpt", "c", "--ref", folder, "--bnr", "1", "--path", "blurring"], "give one of them"),
         (["--ckpt", "c", "--ref", folder, "--bnr", "-1"], "--bnr must be a number of at least 0"),
         (["--ckpt", "c", "--ref", folder, "--resolution", 8], "--resolution is for images on disk"),

@@ -169,7 +169,7 @@ def test_two_runs_of_a_command_are_the_same_to_the_bit(tmp_path, images):
         (tmp_path / name).mkdir()
         finish(command("run", images, *extra), cwd=tmp_path / name)
         finish([sys.executable, str(ROOT / "sample.py"), *draw], cwd=tmp_path / name)
-    for file in ("run/ema.pt", "run/state.pt", "run/grid-000000.png", "samples-grid.png",
+    for file in ("run/ema.pt", "run/state.pt", "run/grid-000000.04.png", "samples-grid.png",
                  "samples/000007.png"):
         a, b = ((tmp_path / name / file).read_bytes() for name in ("a", "b"))
         assert a == b, file

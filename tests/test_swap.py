@@ -141,3 +141,29 @@ def test_the_readmes_code_runs_as_it_stands(tmp_path):
                           text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run-swap/ema.pt").exists() and len(block) <= 20
+
+
+def test_a_network_may_have_frozen_and_unused_parameters(tmp_path):
+    net, before = small_cnn(), small_cnn().state_dict()
+    net.unet[0].requires_grad_(False)
+    net.unet.unused = before["unet.unused"] = torch.nn.Parameter(torch.ones(3))
+    ema = train.train(options(tmp_path), noise_images(), net=net)
+    same = {k for k, v in ema.state_dict().items() if torch.equal(v, before[k])}
+    assert {"unet.0.weight", "unet.0.bias", "unet.unused"} == same
+
+
+def test_another_path_or_network_does_not_resume_a_run(tmp_path):
+    class Other(Square):
+        pass
+    train.train(options(tmp_path / "path"), noise_images(), Square())
+    with pytest.raises(UserError, match="a run with path Square, not Other"):
+        train.train(options(tmp_path / "path", 0.032), noise_images(), Other())
+    train.train(options(tmp_path / "net"), noise_images(), net=small_cnn())
+    with pytest.raises(UserError, match="sigma_data 0.5, not 0.7"):
+        train.train(options(tmp_path / "net", 0.032), noise_images(),
+                    net=Denoiser(small_cnn().unet, sigma_data=0.7))
+
+
+def test_a_path_without_noise_starts_from_the_datas_colours(tmp_path):
+    train.train(options(tmp_path), noise_images(), degrade.ColdPath())
+    assert (tmp_path / "grid-000000.016.png").exists()

@@ -1,4 +1,5 @@
 import argparse
+import errno
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from PIL import Image
 import data
 import sample
 import train
+import util
 from data import Images, epoch, leaves, shuffled
 from degrade import BlurringPath, ColdPath, ConstantBNR, degrade, time_of
 from loss import disentangled_loss
@@ -270,6 +272,43 @@ def test_a_folder_has_one_run_at_a_time(tmp_path, images, monkeypatch, capsys):
                 "run is in use by another run")
     assert not (tmp_path / "run").exists()                      # nothing was written there
     small(monkeypatch, images, tmp_path / "run", "--duration", 0.016)
+
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    monkeypatch.setattr(util.fcntl, "flock", no_locks)          # as on some network disks
+    killed = [tmp_path / "run" / name for name in ("ema.pt.0123abcd.part", "mine.part")]
+    for file in killed:
+        file.write_bytes(b"")
+    small(monkeypatch, images, tmp_path / "run", "--duration", 0.032)
+    assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
+    assert weights(tmp_path / "run")[1]["seen"] == 32
+    assert [file.exists() for file in killed] == [False, True]
+
+
+def test_data_may_move_but_not_change(tmp_path, images, monkeypatch, capsys):
+    small(monkeypatch, images, tmp_path / "run", "--duration", 0.016)
+    moved = tmp_path / "elsewhere" / Path(images).name
+    moved.parent.mkdir()
+    Path(images).rename(moved)
+    small(monkeypatch, f"{moved}/", tmp_path / "run", "--duration", 0.032)
+    assert weights(tmp_path / "run")[1]["seen"] == 32
+    next(moved.glob("**/*.png")).unlink()
+    refused(capsys, lambda: small(monkeypatch, moved, tmp_path / "run", "--duration", 0.064),
+            "was trained on other images")
+
+
+def test_a_damaged_options_file_is_one_line(tmp_path, images, monkeypatch, capsys):
+    small(monkeypatch, images, tmp_path / "run", "--duration", 0.016, "--path", "blurring")
+    stored = json.loads((tmp_path / "run/options.json").read_text())
+    resume = ["--resume", tmp_path / "run", "--device", "cpu"]
+    refused(capsys, lambda: run(monkeypatch, *resume, "--bnr", 0.5), "--bnr", "--path")
+    for change, words in (({"batch": "x"}, "--batch must be"), ({"mult": 5}, "--mult"),
+                          ({"mult": {}}, "--mult must be"), ({"preset": "x"}, "--preset")):
+        (tmp_path / "run/options.json").write_text(json.dumps({**stored, **change}))
+        refused(capsys, lambda: run(monkeypatch, *resume), words)
+    for text in ("{", "5", "null", '{"bogus": 5}', '{"preset": "tiny"}'):
+        (tmp_path / "run/options.json").write_text(text)
+        refused(capsys, lambda: run(monkeypatch, *resume), "it holds no run")
 
 
 def test_a_run_resumes_with_its_own_options_and_keeps_snapshots(tmp_path, images, monkeypatch,
@@ -574,7 +613,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_is_named(tmp_path, imag
 def test_a_torn_log_line_is_dropped(tmp_path, images, monkeypatch):
     small(monkeypatch, images, tmp_path / "run", "--duration", 0.032)
     with open(tmp_path / "run/log.jsonl", "a") as f:
-        f.write('{"kimg": 0.0')
+        f.write('{"a": 1}\n[]\n{"kimg": "x"}\n{"kimg": 0.0')
     small(monkeypatch, images, tmp_path / "run", "--duration", 0.064)
     assert [line["step"] for line in log_of(tmp_path / "run")] == [4, 8, 12, 16]
 
@@ -609,12 +648,13 @@ def trained(tmp_path_factory):
 
 def test_a_run_leaves_what_the_documentation_says(trained):
     names = {f.name for f in (trained / "run").iterdir()}
-    assert names == {"ema.pt", "state.pt", "log.jsonl", "options.json", "grid-000000.png", ".lock"}
+    assert names == {"ema.pt", "state.pt", "log.jsonl", "options.json", ".lock",
+                     "grid-000000.256.png"}
     assert json.load(open(trained / "run/options.json"))["bnr"] == 0.5
     checkpoint = torch.load(trained / "run/ema.pt", weights_only=True)
     assert checkpoint["data"]["name"] == "leaves"
     assert checkpoint["config"]["bnr"] == 0.5 and checkpoint["seen"] == 256
-    assert Image.open(trained / "run/grid-000000.png").size == (8 * 66, 8 * 66)
+    assert Image.open(trained / "run/grid-000000.256.png").size == (8 * 66, 8 * 66)
 
 
 def test_sampling_from_the_command_line(trained, monkeypatch, capsys):
@@ -666,6 +706,10 @@ def test_variations_an_interpolation_and_a_folder_that_is_used_again(trained, tm
     for place, seed in ((0, 3), (2, 5)):
         assert abs(image(f"3-5-{place:06d}") - image(f"{seed:06d}")).max() <= 1
     assert "other seeds" in draw("--interpolate", "3-5", 3)[1]
+    for args, words in ((["--grid", "--strip"], "not allowed with"),
+                        (["--s-min", 1], "levels of --churn"),
+                        (["--churn", 1, "--s-min", 5, "--s-max", 1], "--s-min 5 is above")):
+        refused(capsys, lambda: draw(*args), words)
     names, _ = draw("--init", tmp_path / "s/000003.png")
     assert names == between | {f"{i:06d}.png" for i in range(8)}
 
@@ -720,7 +764,10 @@ def test_bad_options(trained, images, tmp_path, monkeypatch, capsys):
         (["--device", "tpu"], ["--device", "tpu"]),
         (["--lr", "nan"], ["--lr"]),
         (["--channels", "10"], ["30", "multiple of 4"]),
-        (["--attention", "7"], ["--attention [7]", "[16, 8]"]),
+        (["--attention", "7"], ["--attention 7", "16, 8"]),
+        (["--attention", "8", "7"], ["--attention 7:"]),
+        (["--duration", "0"], ["--duration must be"]),
+        (["--snapshot-every", "1e-10"], ["--snapshot-every must be 0 or at least 0.001"]),
         (["--duration", "x"], ["--duration must be a number", "'x'"]),
         (["--data", ""], ["--data must not be empty"]),
         (["--init-from", ""], ["--init-from must not be empty"]),
@@ -875,6 +922,8 @@ def test_each_variant_from_the_command_line(options, two_classes, tmp_path, monk
         for level in (0.05, 9):
             bad("--init", two_classes / "a/0.png", "--level", level,
                 words=["above 0.1 and at most 8"])
+        draw("--init", two_classes / "a/0.png", out="back")     # no noise: one seed says it all
+        assert [f.name for f in (tmp_path / "back").iterdir()] == ["000000.png"]
         files = [np.asarray(Image.open(f)) for f in two_classes.rglob("*.png")]
         x = normalize(torch.from_numpy(np.stack(files))).mean((1, 2)).double()
         colour = checkpoint["config"]["colour"]
