@@ -201,7 +201,7 @@ def draw_plot(cells):
     tables = list(comparable(cells))
 
     def draw(plt):
-        figure, axes = plt.subplots(len(tables), 2, squeeze=False,
+        figure, axes = plt.subplots(len(tables), 2, squeeze=False, layout="constrained",
                                     figsize=(12, 4.5 * len(tables)))
         for (by_ratio, by_nfe), (title, floor, some) in zip(axes, tables):
             for (solver,), same in groups(some, "solver").items():
@@ -215,7 +215,8 @@ def draw_plot(cells):
                 by_ratio.axhline(cell["distance"], color="grey", ls=":", label="floor")
             by_ratio.set(xlabel="BNR", ylabel="Frechet distance", title=title)
             by_ratio.set_xscale("symlog", linthresh=0.1)
-            by_ratio.set_xlim(left=-0.02)
+            by_ratio.set_xlim(-0.02, 15)
+            by_nfe.set_visible(bool(by_nfe.lines))
             by_nfe.set(xlabel="NFE", ylabel="Frechet distance",
                        xticks=sorted({c["nfe"] for c in some}))
             for a in (by_ratio, by_nfe):

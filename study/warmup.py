@@ -3,15 +3,15 @@
     python -m study.warmup --data c10/train
 
 Hot for T kimg, then at BNR 0.5 for T / 4 and T / 2, beside networks of BNR 0.5 and of BNR 0 from
-scratch for T and for T + T / 2. It trains the networks with train.py, in the folder --runs, or
-continues those that are there.
+scratch for T and for as long as both. It trains the networks with train.py, in the folder --runs,
+or continues those that are there.
 """
 from functools import cache, partial
 from pathlib import Path
 
 from study.common import (QUICK, REFERENCES, RESOLUTIONS, Cells, Measure, deviation, digest, drawn,
                           groups, mean, parser, plotted, references, top_bands, trained)
-from util import add_device_option, atomic_write, number
+from util import UserError, add_device_option, atomic_write, number, read_checkpoint
 
 
 def options():
@@ -65,25 +65,31 @@ def networks(args, seed):
         return [partial(trained_for, kimg, moments, f"{folder}/{out}", "--data", args.data,
                         "--preset", args.preset, "--device", args.device, "--seed", seed,
                         *(QUICK if args.quick else ()), *options) for kimg in moments]
-    hot, longer = train("hot", [t, 1.5 * t], "--bnr", 0)
-    yield "hot", t, hot
-    yield "hot", 1.5 * t, longer
+    totals = [t, 1.25 * t, 1.5 * t]
+    hot, *longer = train("hot", totals, "--bnr", 0)
+    for total, network in zip(totals, [hot, *longer]):
+        yield "hot", total, network
     for lr in args.lr:
         moments = [0.25 * t, 0.5 * t]
         options = ["--bnr", 0.5, "--init-from", f"{folder}/hot/ema-{t:g}.pt", "--lr", lr]
         for kimg, warm in zip(moments, train(f"{lr:g}", moments, *options)):
             yield f"hot, then warm at {lr:g}", t + kimg, lambda: (hot(), warm())[1]
-    for kimg, warm in zip([t, 1.5 * t], train("warm", [t, 1.5 * t], "--bnr", 0.5)):
-        yield "warm", kimg, warm
+    for total, network in zip(totals, train("warm", totals, "--bnr", 0.5)):
+        yield "warm", total, network
 
 
 def trained_for(kimg, moments, out, *options):
     """The ema.pt of a run in the folder out at so many kimg. The run is trained from moment to
-    moment, and the checkpoint of each is kept, since the run goes on."""
+    moment, and the checkpoint of each is kept, since the run goes on. UserError where it was not
+    kept and the run has gone on."""
     for moment in (m for m in moments if m <= kimg):
         kept = Path(out) / f"ema-{moment:g}.pt"
         if not kept.exists():
             ema = Path(trained(out, *options, "--duration", moment))
+            checkpoint = read_checkpoint(ema)
+            if checkpoint["seen"] >= 1000 * moment + checkpoint["options"]["batch"]:
+                raise UserError(f"{out} was trained for longer than {moment:g} kimg, and {kept} is "
+                                "not there: remove the folder")
             with atomic_write(kept) as f:
                 f.write(ema.read_bytes())
     return str(kept)

@@ -410,6 +410,8 @@ def test_each_network_is_measured_at_its_times_and_tuned_from_the_hot_one_at_t(t
         text = f"{before}{words['--bnr']} for {words['--duration']:g}; "
         Path(out).mkdir(parents=True, exist_ok=True)
         (Path(out) / "ema.pt").write_text(text)
+        checkpoint = {"seen": 1000 * words["--duration"], "options": {"batch": 16}}
+        monkeypatch.setattr(warmup, "read_checkpoint", lambda _: checkpoint)
         asked.append((words["--seed"], text, words.get("--lr")))
         return f"{out}/ema.pt"
 
@@ -422,13 +424,23 @@ def test_each_network_is_measured_at_its_times_and_tuned_from_the_hot_one_at_t(t
     monkeypatch.setattr(warmup, "Measure", lambda *_: measure)
     args = ["--duration", 8, "--lr", 1e-3, "--runs", tmp_path / "runs", "--results", tmp_path]
     run(monkeypatch, warmup.main, *args)
-    one = ["0 for 8; ", "0 for 12; ", "0 for 8; 0.5 for 2; ", "0 for 8; 0.5 for 4; ",
-           "0.5 for 8; ", "0.5 for 12; "]
+    one = ["0 for 8; ", "0 for 10; ", "0 for 12; ", "0 for 8; 0.5 for 2; ", "0 for 8; 0.5 for 4; ",
+           "0.5 for 8; ", "0.5 for 10; ", "0.5 for 12; "]
     assert measured == one * 2 and [text for _, text, _ in asked] == one * 2
-    assert [seed for seed, *_ in asked] == [0] * 6 + [1] * 6
-    assert [lr for *_, lr in asked] == [None, None, 1e-3, 1e-3, None, None] * 2
+    assert [seed for seed, *_ in asked] == [0] * 8 + [1] * 8
+    assert [lr for *_, lr in asked] == ([None] * 3 + [1e-3] * 2 + [None] * 3) * 2
     run(monkeypatch, warmup.main, *args)                        # all of it is there
-    assert len(measured) == len(asked) == 12
+    assert len(measured) == len(asked) == 16
+    lines = (tmp_path / "warmup.jsonl").read_text().splitlines(True)
+    (tmp_path / "warmup.jsonl").write_text("".join(lines[2:]))  # hot at 8 and at 10 are missing
+    for kept in (tmp_path / "runs").glob("*-8-0/hot/ema-*.pt"):
+        kept.unlink()
+    checkpoint = {"seen": 12000, "options": {"batch": 16}}      # where the run is
+    monkeypatch.setattr(warmup, "trained", lambda out, *_: f"{out}/ema.pt")
+    monkeypatch.setattr(warmup, "read_checkpoint", lambda _: checkpoint)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, warmup.main, *args)
+    assert len(measured) == 16
 
 
 def test_the_table_compares_within_a_seed(tmp_path, monkeypatch, capsys):
