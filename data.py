@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from degrade import dct2, idct2
 from util import (Parser, UserError, atomic_write, crop_and_resize, fetch, normalize, number,
-                  open_upright, refuse_special, save_grid, say, seed_for, to_uint8, warn)
+                  open_upright, refuse_special, remove_parts, save_grid, say, seed_for, to_uint8,
+                  warn)
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -311,6 +312,7 @@ def decode_files(path, resolution, kept, channels=None):
             if file is memory and file.tell() > limit:
                 try:
                     kept.parent.mkdir(parents=True, exist_ok=True)
+                    remove_parts(kept.parent, age=86400)        # another program may be at its own
                     file = stack.enter_context(atomic_write(kept))
                     file.write(memory.getbuffer())
                 except OSError as e:

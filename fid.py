@@ -479,7 +479,7 @@ def main():
       help="side that samples and reference are cropped and resized to (default: as they are); "
            "--ckpt has its own, which the reference is prepared with")
     a("--ckpt", help="instead of samples: draw them from this model, ema.pt of train.py")
-    a("--num", type=number(int, 2), default=50000, help="images to score, at most (default 50000)")
+    a("--num", type=number(int, 2), help="images to score, at most (default 50000)")
     a("--draws", type=number(int, 1), default=3,
       help="with --ckpt: how many times, each with seeds of its own (default 3)")
     a("--bnr", type=number(float, 0), nargs="+", metavar="R",
@@ -512,6 +512,9 @@ def score(args):
     anything is computed."""
     full_float32()
     saved = {spec: saved_statistics(spec) for spec in (args.samples or args.ref, args.ref)}
+    if args.num and args.samples and saved[args.samples]:
+        raise UserError(f"--num {args.num}: {args.samples} holds statistics, and not the images")
+    args.num = args.num or 50000
     resolution = args.resolution or 0
     if args.ckpt:
         model, checkpoint = load_model(args.ckpt, args.device, args.precision, args.compile)
@@ -526,9 +529,6 @@ def score(args):
             load(spec, resolution or None)                      # one process makes it for all
     for spec in filter(saved.get, saved):
         check_comparable(saved[spec], spec, resolution, args.resize, digest)
-    if args.samples and saved[args.samples] and args.num < (saved[args.samples]["num"] or 0):
-        raise UserError(f"--num {args.num}: {args.samples} holds the statistics of "
-                        f"{saved[args.samples]['num']} images, and not the images")
 
     common = {"net": net, "resize": args.resize, "digest": digest, "batch": args.batch}
     ref = saved[args.ref] or reference_statistics(args.ref, resolution, **common)

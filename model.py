@@ -300,7 +300,8 @@ def start_from(net, filename, path):
     for name, value in ours.items():
         if name in theirs and theirs[name].shape == value.shape:
             value.copy_(theirs[name])
-        elif name == "unet.from_label.weight" and name in theirs:       # other classes: their mean
+        elif name == "unet.from_label.weight" and old.classes and len(theirs[name]) == len(value):
+            # other classes: the mean of the old ones
             value.copy_(theirs[name].mean(1, keepdim=True) * math.sqrt(old.classes / net.classes))
         elif name.startswith(MAY_BE_NEW):
             value.zero_()

@@ -323,7 +323,6 @@ def main():
         p.error("--bnr and --path are two ways to choose the path: give one of them")
     if args.interpolate and (args.seeds or args.strip):
         p.error("--interpolate has seeds of its own and no strip: leave --seeds and --strip out")
-    args.seeds = args.seeds or seed_list("0-7" if args.init else "0-63")
     if len(args.bnr or []) > (3 if args.strip else 1):
         p.error("--bnr takes one ratio, or with --strip up to three")
     with process_group(), p.one_line_errors():
@@ -337,8 +336,9 @@ def main():
         if args.init:
             init = normalize(read_image(args.init, *checkpoint["data"]["shape"]))
             options.update(init=init, level=args.level or 1.)
-            if isinstance(paths[0], ColdPath):                  # without noise all seeds are alike
-                args.seeds = args.seeds[:1]
+        if not args.seeds:
+            alike = isinstance(paths[0], ColdPath) and (args.label or not net.classes)  # no noise
+            args.seeds = range((1 if alike else 8) if args.init else 64)
         args.prefix = ""
         if args.interpolate:
             first, last, n = interpolation(args.interpolate)

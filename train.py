@@ -600,13 +600,13 @@ def moved(before, now):
 def restore(run, state):
     """Puts a saved state into the run. UserError where it does not fit."""
     out = run.args.out
+    if state["data"] != run.facts:
+        raise UserError(f"{out} was trained on other images: {state['data']}, and these are "
+                        f"{run.facts}")
     differ = [f"{k} {state['config'].get(k)}, not {run.config[k]}" for k in run.config
               if k != "colour" and state["config"].get(k) != run.config[k]]
     if differ:                              # only a path or network that the caller has given
         raise UserError(f"{out} holds a run with {'; '.join(differ)}: choose another --out")
-    if state["data"] != run.facts:
-        raise UserError(f"{out} was trained on other images: {state['data']}, and these are "
-                        f"{run.facts}")
     try:
         run.net.load_state_dict(state["net"])
         run.ema.load_state_dict(state["ema"])

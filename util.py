@@ -300,6 +300,15 @@ def atomic_write(filename, mode="wb"):
         raise
 
 
+def remove_parts(folder, age=0):
+    """Removes what killed programs have left of atomic_write in the folder, age seconds ago."""
+    for name in os.listdir(folder):
+        if re.search(r"\.[0-9a-f]{8}\.part$", name):
+            with contextlib.suppress(OSError):                  # it may be gone, or someone else's
+                if time.time() - os.path.getmtime(f"{folder}/{name}") >= age:
+                    os.remove(f"{folder}/{name}")
+
+
 @contextlib.contextmanager
 def or_a_warning(what):
     """Within, a disk that takes no more costs only what is written there."""
@@ -380,9 +389,8 @@ def locked(folder):
                             "its end") from None
         except OSError as e:                                    # some network disks have no locks
             warn(f"{folder} cannot be locked ({e.strerror}): start no second run in it")
-        for name in os.listdir(folder):
-            if re.search(r"\.[0-9a-f]{8}\.part$", name):
-                os.remove(f"{folder}/{name}")
+        else:
+            remove_parts(folder)
         try:
             yield
         finally:
@@ -425,8 +433,10 @@ def fetch(url, path, algorithm, digest, otherwise=""):
                     bar.update(len(block))
         if part.stat().st_size < size:
             raise OSError("the connection was lost")
-    except (OSError, http.client.HTTPException) as e:
+    except BaseException as e:
         part.unlink(missing_ok=True)
+        if not isinstance(e, (OSError, http.client.HTTPException)):
+            raise
         reason = " ".join(str(e).split())
         raise UserError(f"cannot fetch {path.name} ({reason}): {remedy}") from None
     if not has_digest(part, algorithm, digest):

@@ -382,9 +382,11 @@ def row(cell):
 def comparable(cells):
     """Title and cells of each table: of one data set and one length of training and of sampling.
     Readers belong to every number of samples."""
-    for (data, network, kimg), some in groups(cells.cells, "data", "network", "kimg").items():
+    by_values = groups(cells.cells, "data", "network", "kimg", "reader_kimg")
+    for (data, network, kimg, reader), some in by_values.items():
         for samples in sorted({c["samples"] for c in some if "samples" in c}) or [None]:
-            title = f"{data}, networks of BNR {network}, {kimg:g} kimg, {samples or 'no'} samples"
+            title = f"{data}, networks of BNR {network}, {kimg:g} kimg, readers {reader:g} kimg, " \
+                    f"{samples or 'no'} samples"
             yield title, [c for c in some if c.get("samples") in (None, samples)]
 
 

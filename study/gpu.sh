@@ -7,7 +7,7 @@
 # Half of the time is for training, which saves when its time is over and continues when the script
 # is started again. Then come the throughput and samples, and the rest is for the sweep.
 # Checkpoints, images and results are in runs/gpu-PRESET/; their tables are printed at the end. It
-# ends with 1 where a program after the training failed or did not come to its end.
+# ends with 1 where a program failed, or where one after the training did not come to its end.
 #
 # TRAIN_OPTIONS are for train.py, after those of half an hour: "--batch-gpu 128" where the GPU has
 # less than 24 GiB. The sweep needs the packages of study/requirements.txt, or FID=1 and the weights
@@ -26,14 +26,15 @@ start=$SECONDS
 failed=0
 short="--warmup 100 --ema 50 --log-every 10"            # the presets are for days
 [ "$preset" = tiny ] && short=""
-measure=${FID:+--fid}
-features=${FID:+inception_features}
+measure="" features=lite0_features advice="install study/requirements.txt, or give FID=1"
+if [ "${FID:-0}" != 0 ]; then
+    measure=--fid features=inception_features advice="put the weights of FID there"
+fi
 mkdir -p "$results"
 
-if ! "$python" -c "import study.common as c; c.${features:-lite0_features}('cpu')" \
-        2>"$out/errors.txt"; then
+if ! "$python" -c "import study.common as c; c.$features('cpu')" 2>"$out/errors.txt"; then
     tail -n 1 "$out/errors.txt" >&2
-    echo "the sweep could measure nothing: install study/requirements.txt, or give FID=1" >&2
+    echo "the sweep could measure nothing: $advice" >&2
     exit 2
 fi
 

@@ -180,7 +180,7 @@ def table(cells):
             curves = groups(same, "path", "bnr")
             for (path, bnr), drawn_ones in sorted(
                     curves.items(), key=lambda item: (item[0][0] or "", item[0][1] or 0)):
-                by_seed = groups(drawn_ones, "seed").values()
+                by_seed = groups(drawn_ones, "seed", "checkpoint").values()
                 first = [c for c in drawn_ones if c["draw"] == 0]
                 over_seeds = deviation([c["distance"] for c in first])
                 print(line(curve(first[0]), first, f"+- {over_seeds} / {over_draws(by_seed)}"))
@@ -245,7 +245,7 @@ def plot_means(axes, cells, x, label):
     means = [mean([c["distance"] for c in cells if c[x] == place]) for place in places]
     drawn_line, = axes.plot(places, means, label=label, lw=2)
     color = drawn_line.get_color()
-    for of_one in groups(cells, "seed", "draw").values():
+    for of_one in groups(cells, "seed", "checkpoint", "draw").values():
         points = sorted((c[x], c["distance"]) for c in of_one)
         axes.plot(*zip(*points), ".-", color=color, lw=0.5)
     return color

@@ -235,18 +235,19 @@ def test_the_tables_from_the_command_line(tmp_path, monkeypatch, capsys, small_m
 
 
 def test_tables_keep_unlike_cells_apart(tmp_path, monkeypatch, capsys):
-    cell = dict(kind="samples", network="any", seed=0, kimg=60, curve="BNR 0", start=1., nfe=35,
-                half_way=1., draw=0, levels=[[1., 0., 0.1]], power=[1.] * 3)
+    cell = dict(kind="samples", network="any", seed=0, kimg=60, reader_kimg=80, curve="BNR 0",
+                nfe=35, start=1., half_way=1., draw=0, levels=[[1., 0., 0.1]], power=[1.] * 3)
     with open(tmp_path / "blind.jsonl", "w") as f:
         for i, more in enumerate([{"data": "leaves", "samples": 50}, {"data": "c10", "samples": 50},
-                                  {"data": "c10", "samples": 90}]):
+                                  {"data": "c10", "samples": 90},
+                                  {"data": "c10", "samples": 50, "reader_kimg": 40}]):
             for blind_one in (False, True):
                 more.update(blind=blind_one, distance=100. * (i + 1) + 7 * blind_one)
                 f.write(json.dumps({**cell, **more}) + "\n")
     go(monkeypatch, "--plot-only", "--results", tmp_path)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("NFE")]
     assert [row.split()[4:] for row in rows] == [f"{d}; {d + 7}; +7.0 +- -".split()
-                                                 for d in (100., 200., 300.)]
+                                                 for d in (100., 200., 300., 400.)]
 
 
 def noting(function, given):

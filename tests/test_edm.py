@@ -348,6 +348,9 @@ def test_a_conditional_network_keeps_its_labels_or_leaves_them_out(tmp_path, con
     net, _ = load_model(tmp_path / "ten/ema.pt")
     torch.testing.assert_close(net(x, 0, sigma, label=label)[0], expected, rtol=0, atol=1e-5)
     two = tune(tmp_path / "two", source, 0.004, *cond, "--cond", data=noise(classes=2))["net"]
+    with pytest.raises(UserError, match="does not fit"):
+        tune(tmp_path / "wide", source, 0.004, *cond, "--cond", "--channels", 16,
+             data=noise(classes=2))
     none = tune(tmp_path / "none", source, 0.004, *cond)["net"]
     old = torch.load(source, weights_only=True)["weights"]
     for name in ("weight", "bias"):                             # each class is told their mean

@@ -466,6 +466,7 @@ def test_what_cannot_be_scored_is_one_line(folder, weights, tmp_path, monkeypatc
     np.savez("objects.npz", mu=np.array([{}], dtype=object), sigma=np.zeros((2048, 2048)))
     np.savez("wide.npz", mu=np.zeros(12, np.longdouble), sigma=np.zeros((12, 12), np.longdouble))
     np.savez("facts.npz", mu=np.zeros(12), sigma=np.zeros((12, 12)), resolution="8")
+    np.savez("good.npz", mu=np.zeros(12), sigma=np.eye(12), num=70000)
     np.savez("negative.npz", mu=np.zeros(12), sigma=-np.eye(12))
     Path("notes.txt").write_text("no archive")
     os.mkfifo("pipe")
@@ -504,6 +505,7 @@ def test_what_cannot_be_scored_is_one_line(folder, weights, tmp_path, monkeypatc
         ([folder, "--ref", folder, "--path", "blurring"], "--path is for --ckpt"),
         ([folder, "--ref", folder, "--class", "a"], "--class is for --ckpt"),
         ([folder, "--ref", folder, "--s-max", "3"], "--s-max is for --ckpt"),
+        (["good.npz", "--ref", folder, "--num", "3"], "holds statistics, and not the images"),
         (["--ckpt", "c", "--ref", folder, "--bnr", "1", "--path", "blurring"], "give one of them"),
         (["--ckpt", "c", "--ref", folder, "--bnr", "-1"], "--bnr must be a number of at least 0"),
         (["--ckpt", "c", "--ref", folder, "--resolution", 8], "--resolution is for images on disk"),

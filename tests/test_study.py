@@ -227,6 +227,11 @@ def test_the_sweeps_table_keeps_both_spreads_and_unlike_cells_apart(tmp_path, ca
     # over seeds: the first draws 100, 110, 120; over draws: 100 and 104, and so on
     assert rows[0] == "BNR 0.5 110.0 power 1.00 1.10 1.20 +- 10.0 / 2.8".split()
     assert [row[2] for row in rows[1:]] == ["500.0", "700.0"]
+    cells.cells = [distance_cell(0.5, 0, 0, 100., checkpoint="a"),
+                   distance_cell(0.5, 0, 0, 300., checkpoint="b")]
+    sweep.table(cells)                                          # two networks, one draw of each
+    row, = (line for line in capsys.readouterr().out.splitlines() if "BNR" in line)
+    assert row.endswith("+- 141.4 / -")
 
 
 def test_the_sweep_measures_fid_apart_from_the_studys_own_distance(folder, tmp_path, monkeypatch):
@@ -463,7 +468,9 @@ def gpu_script(folder, *args, **variables):
         copied = folder / file.relative_to(root)
         copied.parent.mkdir(exist_ok=True)
         shutil.copy(file, copied)
-    env = {**os.environ, "PRESET": "tiny", "DEVICE": "cpu", "SAMPLES": "50", **variables}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "PRESET": "tiny", "DEVICE": "cpu", "SAMPLES": "50",
+           **variables}
     return subprocess.run(["bash", folder / "study/gpu.sh", *map(str, args)], env=env, text=True,
                           capture_output=True)
 
@@ -472,7 +479,8 @@ def test_the_gpu_script_says_first_that_it_could_measure_nothing(tmp_path):
     (tmp_path / "without").mkdir()
     (tmp_path / "without/efficientnet_lite_pytorch.py").write_text("raise ImportError")
     done = gpu_script(tmp_path, 60, "leaves", PYTHONPATH=str(tmp_path / "without"))
-    assert done.returncode == 2 and "install study/requirements.txt, or give FID=1" in done.stderr
+    assert done.returncode == 2 and "the measure's network is missing" in done.stderr
+    assert "install study/requirements.txt, or give FID=1" in done.stderr
     assert not (tmp_path / "runs/gpu-tiny/ema.pt").exists()
 
 

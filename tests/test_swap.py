@@ -167,3 +167,4 @@ def test_another_path_or_network_does_not_resume_a_run(tmp_path):
 def test_a_path_without_noise_starts_from_the_datas_colours(tmp_path):
     train.train(options(tmp_path), noise_images(), degrade.ColdPath())
     assert (tmp_path / "grid-000000.016.png").exists()
+    assert read_checkpoint(tmp_path / "ema.pt")["config"]["colour"] == noise_images().colour()
