@@ -445,10 +445,10 @@ def nfe_table(cells, curves):
 
 def pairs_of(found):
     """(told, blind) of the cells that have both and differ in nothing else."""
-    blind = {(c["seed"], c.get("checkpoint"), c["draw"]): c for c in found if c["blind"]}
-    pairs = [(c, blind.get((c["seed"], c.get("checkpoint"), c["draw"])))
-             for c in found if not c["blind"]]
-    return [(told, other) for told, other in pairs if other]
+    names = "seed", "checkpoint", "draw", "curve", "nfe", "start", "half_way"
+    by_values = groups(found, *names).values()
+    return [(told, blind) for some in by_values for told in some for blind in some
+            if blind["blind"] and not told["blind"]]
 
 
 def start_table(cells, curves):

@@ -250,6 +250,15 @@ def test_tables_keep_unlike_cells_apart(tmp_path, monkeypatch, capsys):
                                                  for d in (100., 200., 300., 400.)]
 
 
+def test_told_and_blind_samples_are_paired_like_with_like():
+    cells = [dict(seed=seed, draw=draw, curve=curve, nfe=nfe, start=start, half_way=1., blind=b)
+             for seed in (0, 1) for draw in (0, 1) for curve in ("BNR 0", "BNR 2")
+             for nfe in (9, 35) for start in (1., 2.) for b in (True, False)]
+    pairs = blind.pairs_of(cells[:-1])                          # the last blind one has no partner
+    assert len(pairs) == len(cells) // 2 - 1
+    assert all({**told, "blind": True} == other for told, other in pairs)
+
+
 def noting(function, given):
     def noted(*args):
         given.append(next(a for a in args if isinstance(a, torch.Tensor)))
