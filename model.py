@@ -274,7 +274,7 @@ def load_model(filename, device="cpu", precision="fp32", compiled=False):
 MAY_BE_NEW = ("unet.from_ratio.", "unet.from_augment.", "unet.from_label.")
 
 
-def start_from(net, filename, path=ConstantBNR(0.5)):
+def start_from(net, filename, classes=(), path=ConstantBNR(0.5)):
     """Puts the weights of a checkpoint of this project into a new Denoiser, to train it further.
 
     Layers in MAY_BE_NEW that only the new network has start at zero. Those that only the checkpoint

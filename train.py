@@ -31,7 +31,7 @@ from data import augment, load, resident, shuffled, take
 from degrade import AnyBNR, ConstantBNR, check_path, make_path, time_of
 from fid import drawn_batches, frechet_distance, load_inception, statistics
 from loss import disentangled_loss
-from model import PARAMETERIZATIONS, SIGMA_DATA, Denoiser, build, start_from
+from model import PARAMETERIZATIONS, SIGMA_DATA, build, start_from
 from sample import fast_solver, generate
 from util import (Parser, UserError, add_device_option, any_rank, atomic_write, compile_or_warn,
                   full_float32, locked, normalize, number, or_a_warning, process_group, rank,
@@ -109,13 +109,13 @@ def options(argv=None):
       help="torch.compile the network, a minute or two (default: on a GPU)")
     a("--log-every", type=number(float, 0.001), default=50.,
       help="kimg between log lines (default 50)")
-    a("--snapshot-every", type=interval(0.001), default=2500.,
+    a("--snapshot-every", type=number(float, 0, 1e9), default=2500.,
       help="kimg between checkpoints, each with a grid of samples (default 2500)")
-    a("--keep-every", type=interval(1), default=0.,
+    a("--keep-every", type=number(float, 0, 1e9), default=0.,
       help="kimg between copies of ema.pt to keep, ema-KIMG.pt; 0: none (default 0)")
     a("--sample-steps", type=number(int, 1, 1000), default=18,
       help="Heun steps of sample.py on this model (default 18)")
-    a("--fid-every", type=interval(0.001), default=0.,
+    a("--fid-every", type=number(float, 0, 1e9), default=0.,
       help="kimg between FIDs of the EMA; 0: none (default 0)")
     a("--fid-num", type=number(int, 2), default=10000,
       help="images of such an FID, seeds from 0 (default 10000)")
@@ -135,41 +135,26 @@ def options(argv=None):
 def options_of_run(parser, given):
     """The options that a run has written, as defaults: text, which is checked like a command line.
     The device is this machine's."""
+    def default(v):
+        if isinstance(v, list):
+            return [int(n) for n in v]
+        return v if v is None or isinstance(v, bool) else str(v)
     try:
         stored = json.loads(Path(given.resume, "options.json").read_text())
-        found = {"out": given.resume}
-        for name in stored.keys() & vars(given).keys() - {"device", "out", "resume"}:
-            value = stored[name]
-            if isinstance(value, list):
-                found[name] = [int(n) for n in value]
-            else:
-                found[name] = value if value is None or isinstance(value, bool) else str(value)
+        known = stored.keys() & vars(given).keys() - {"device", "out", "resume"}
         if stored["preset"] in PRESETS:
-            return found
+            return {"out": given.resume, **{name: default(stored[name]) for name in known}}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     parser.error(f"--resume {given.resume}: it holds no run (a readable options.json)")
 
 
-def interval(least):
-    """An argparse type: kimg between two events, 0 for none."""
-    def parse(text):
-        value = number(float, 0, 1e9)(text)
-        if 0 < value < least:
-            raise argparse.ArgumentTypeError(f"must be 0 or at least {least}, not {text!r}")
-        return value
-    return parse
-
-
 def bnr(text):
     """An argparse type: a ratio of at least 0, inf, or any."""
-    if text in ("inf", "any"):
-        return math.inf if text == "inf" else "any"
-    try:
-        return number(float, 0, 1e6)(text)
-    except argparse.ArgumentTypeError:
-        message = f"must be a number of at least 0, inf or any, not {text!r}"
-        raise argparse.ArgumentTypeError(message) from None
+    with contextlib.suppress(ValueError):
+        if text == "any" or 0 <= float(text) <= 1e6 or float(text) == math.inf:
+            return text if text == "any" else float(text)
+    raise argparse.ArgumentTypeError(f"must be a number of at least 0, inf or any, not {text!r}")
 
 
 def main():
@@ -196,13 +181,14 @@ def train(args, data=None, path=None, net=None, signals=()):
     with process_group(), locked(args.out):
         if data is not None:                                    # its images are not resized
             args = argparse.Namespace(**{**vars(args), "data": data.name, "resolution": 0})
+        shares_of_batch(args)                                   # complains before the data load
         state = resumable(args)
         if data is None:
             with rank_0_first():
                 data = load(args.data, args.resolution or None)
         path, net, config = parts(args, data, path, net)
         if args.init_from and not state:
-            start_from(net, args.init_from)
+            start_from(net, args.init_from, data.classes)
         net = net.to(args.device, memory_format=torch.channels_last).train()
         ema = copy.deepcopy(net).eval().requires_grad_(False)
         optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8,
@@ -216,14 +202,16 @@ def train(args, data=None, path=None, net=None, signals=()):
 
 def loop(args, run, data, path, net, ema, optimizer, seen, signals):
     """The steps after the first `seen` images, up to --duration, and what they write."""
-    device, bf16 = torch.device(args.device), uses_bf16(args)
-    total = math.ceil(images_of(args.duration) / args.batch) * args.batch
+    device = torch.device(args.device)
+    bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda" \
+        and torch.cuda.is_bf16_supported(including_emulation=False)
+    total = math.ceil(round(args.duration * 1000, 6) / args.batch) * args.batch
     images = resident(data.images, device)
     score = scorer(args, run, images, path, bf16) if args.fid_every else None
     if args.compile or args.compile is None and device.type == "cuda":
         compile_or_warn(net.unet, args.compile)
     shared = DistributedDataParallel(net) if world_size() > 1 else net
-    log = begin(args, run, data, net, seen, total) if rank() == 0 else None
+    log = begin(args, run, data, net, seen, bf16) if rank() == 0 else None
     bar = tqdm(total=total, initial=seen, unit="img", unit_scale=True, disable=rank() > 0)
     history, since, stopping = [], time.time(), False
     while seen < total and not stopping:
@@ -231,7 +219,7 @@ def loop(args, run, data, path, net, ema, optimizer, seen, signals):
             group["lr"] = args.lr * min(1, (seen + args.batch) / max(args.warmup * 1000, 1))
         batch = draw_batch(args, path, images, data.labels, seen, device)
         history.append(backward(args, shared, batch, seen, bf16))
-        check_finite(net, history[-1], seen // args.batch + 1, bf16)
+        check_finite(net, history[-1], seen // args.batch + 1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seen += args.batch
@@ -248,7 +236,7 @@ def loop(args, run, data, path, net, ema, optimizer, seen, signals):
                 line.update(score(ema))
             with shown(signals):
                 bar.set_postfix({k: f"{line[k]:.4f}" for k in ("denoise", "deblur")})
-            if log:
+            if rank() == 0:
                 with or_a_warning("a log line"):
                     print(json.dumps(line), file=log, flush=True)
             history = []
@@ -293,40 +281,35 @@ def backward(args, net, batch, seen, bf16):
     --batch-gpu images. With the last part, torch's DDP averages them over the processes.
     Returns t and both loss terms of each image, [3, B]."""
     share, micro = shares_of_batch(args)
-    parts, records = share // micro, []
+    sigma_data = getattr(net, "module", net).sigma_data         # DDP wraps the network
     if world_size() > 1:
         torch.manual_seed(seed_for(f"dropout of process {rank()}", args.seed, seen))
-    for i in range(parts):
-        part = slice(i * micro, (i + 1) * micro)
-        part = {k: None if v is None else v[part] for k, v in batch.items()}
-        waits = world_size() > 1 and i < parts - 1
+    records = []
+    for i in range(0, share, micro):
+        part = {k: None if v is None else v[i:i + micro] for k, v in batch.items()}
+        x0, alpha, sigma = part["x0"], part["alpha"], part["sigma"]
+        heads = partial(net, augment=part["augment"], label=part["label"])
+        waits = world_size() > 1 and i + micro < share
         with net.no_sync() if waits else contextlib.nullcontext():
-            terms = loss_terms(net, part, bf16)
-            (sum(terms).sum() * (part["x0"][0].numel() / share)).backward()
-        records.append(torch.stack([time_of(part["alpha"], part["sigma"]), *terms]).detach())
+            with torch.autocast(x0.device.type, torch.bfloat16, enabled=bf16):
+                terms = disentangled_loss(heads, x0, alpha, sigma, part["noise"], sigma_data)
+            (sum(terms).sum() * (x0[0].numel() / share)).backward()
+        records.append(torch.stack([time_of(alpha, sigma), *terms]).detach())
     return torch.cat(records, 1)
 
 
-def loss_terms(net, batch, bf16):
-    heads = partial(net, augment=batch["augment"], label=batch["label"])
-    sigma_data = getattr(net, "module", net).sigma_data         # DDP wraps the network
-    with torch.autocast(batch["x0"].device.type, torch.bfloat16, enabled=bf16):
-        return disentangled_loss(heads, batch["x0"], batch["alpha"], batch["sigma"],
-                                 batch["noise"], sigma_data)
-
-
-def check_finite(net, records, step, bf16):
-    """Raises UserError before the optimizer spoils the weights. The CPU waits for the device here,
-    in every step: a GPU idles until the next is launched, which is little beside a step."""
+def check_finite(net, records, step):
+    """Raises UserError before the optimizer spoils the weights. The CPU waits here for the device,
+    so a GPU is idle while the next step is prepared: little, beside a step."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
     losses = records[1:]
     if not (norm + losses.sum()).isfinite():
+        what = "gradient" if losses.isfinite().all() else "loss"
         line = by_level(records.cpu())
-        terms = [f"{k} {' '.join(map(str, line[f'{k}_by_level']))}" for k in ("denoise", "deblur")]
         raise UserError(
-            f"the {'gradient' if losses.isfinite().all() else 'loss'} is not finite at step {step} "
-            f"(the loss by quarter of the levels, lowest first: {', '.join(terms)}); the weights "
-            f"have not moved: try a lower --lr{' or --precision fp32' if bf16 else ''}")
+            f"the {what} is not finite at step {step}; from low to high levels, denoise is "
+            f"{line['denoise_by_level']} and deblur {line['deblur_by_level']}. The run stops "
+            "before this step: try a lower --lr, or --precision fp32")
 
 
 @torch.no_grad()
@@ -348,28 +331,17 @@ def shares_of_batch(args):
     return share, micro
 
 
-def uses_bf16(args):
-    return args.precision == "bf16" or args.precision == "auto" \
-        and torch.device(args.device).type == "cuda" \
-        and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 def crossed(args, seen, *intervals):
     """Whether the last batch passed a multiple of one of the intervals, in kimg. 0 has none."""
-    before = seen - args.batch
-    return any(seen // images_of(k) > before // images_of(k) for k in intervals if k)
-
-
-def images_of(kimg):
-    """1,000 times as many; 4.03 * 1000 alone is above 4030."""
-    return round(kimg * 1000, 6)
+    images = [round(k * 1000, 6) for k in intervals]            # 4.03 * 1000 is above 4030
+    return any(n and seen // n > (seen - args.batch) // n for n in images)
 
 
 # The parts of a run
 
 def parts(args, data, path, net):
     """The path, the network and what a checkpoint remembers of them, as plain types. Raises
-    UserError where they do not fit together; docs/own-parts.md has the rules."""
+    UserError where they do not fit together."""
     _, c, h, w = data.images.shape
     classes = len(data.classes) if args.cond else 0
     if args.cond and classes < 2:
@@ -377,100 +349,74 @@ def parts(args, data, path, net):
                         f"{data.name} has {data.classes}")
     if args.bnr == math.inf and args.param == "noise":
         raise UserError("--param noise needs noise to predict, and --bnr inf has none")
-    shares_of_batch(args)
-    name = type(path).__name__ if path else args.path
-    path = path or make_path(args.bnr, args.path)
+    if net and net.classes != classes:
+        raise UserError(f"the network has {net.classes} classes and the run {classes}: a network's "
+                        "attribute `classes` and --cond go together")
+    name, path = type(path).__name__ if path else args.path, path or make_path(args.bnr, args.path)
     sampling = sampled_along(path)
     check_path(sampling, h, w)
-    low, high = sampling.t_range(h, w)
-    levels = [sampling.levels(float(t)) for t in np.geomspace(low, high, 5)]
-    config = {"bnr": args.bnr, "path": name, "sigma_data": SIGMA_DATA, "param": args.param,
+    levels = [sampling.levels(t) for t in np.geomspace(*sampling.t_range(h, w), 5).tolist()]
+    config = {"bnr": args.bnr, "path": name, "sigma_data": net.sigma_data if net else SIGMA_DATA,
+              "param": args.param, "unet": None if net else unet_config(args, c, h, w, classes),
               "colour": data.colour() if levels[-1][1] == 0 else None,          # without noise
               "levels": [[float(f"{float(v):.6g}") for v in pair] for pair in levels]}
-    sides = [max(h, w) >> level for level in range(len(args.mult))]
-    attention = args.attention
-    if attention == PRESETS[args.preset].get("attention", [16]):        # which nobody asked for
-        attention = [side for side in attention if side in sides] or sides[-1:]
-    config["unet"] = dict(
-        in_channels=c, out_channels=c * PARAMETERIZATIONS[args.param].heads, channels=args.channels,
-        mult=args.mult, blocks=args.blocks, resolution=max(h, w), attention=attention,
-        dropout=args.dropout, augment_dim=9 if args.augment else 0, classes=classes)
-    if args.bnr == "any":
-        config["unet"]["ratio"] = True
     torch.manual_seed(seed_for("weights", args.seed))
-    if net is None:
-        net = checked_build(config, h, w, sides)
-    else:
-        config.update(unet=None, sigma_data=net.sigma_data)
-        check_network(net, normalize(data.images[:1]), levels[2], classes)
+    try:
+        net = net or build(config)
+        if config["unet"]:
+            net.unet.check(h, w)
+    except ValueError as e:
+        raise UserError(e) from None
     config["answers"] = f"{type(net).__name__}, {net.answers.__qualname__}"
     return path, net, config
 
 
 def sampled_along(path):
-    """A network for every ratio is trained along no path: its grids have BNR 0.5."""
+    """The path itself; 0.5 for a network of every ratio, which has none."""
     return ConstantBNR(0.5) if isinstance(path, AnyBNR) else path
 
 
-def checked_build(config, h, w, sides):
-    try:
-        net = build(config)
-        net.unet.check(h, w)
-    except ValueError as e:
-        raise UserError(e) from None
-    missing = [side for side in config["unet"]["attention"] if side not in sides]
+def unet_config(args, channels, h, w, classes):
+    sides, attention = [max(h, w) >> level for level in range(len(args.mult))], args.attention
+    if attention == PRESETS[args.preset].get("attention", [16]):        # which nobody asked for
+        attention = [side for side in attention if side in sides] or sides[-1:]
+    missing = [side for side in attention if side not in sides]
     if missing:
         raise UserError(f"--attention {' '.join(map(str, missing))}: the levels have sides of "
                         f"{', '.join(map(str, sides))}; choose among them, or none")
-    return net
-
-
-def check_network(net, x, levels, classes):
-    """Of one's own: it learns, takes labels where there are classes, and answers for an image."""
-    if not isinstance(net, Denoiser):
-        raise UserError("net must be a model.Denoiser around your network, not a "
-                        f"{type(net).__name__}")
-    if net.classes != classes:
-        raise UserError(f"the network has {net.classes} classes, and the run {classes}: --cond and "
-                        "an attribute `classes` of the network go together")
-    if not any(p.requires_grad for p in net.parameters()):
-        raise UserError("every parameter of the network is frozen")
-    device = next(net.parameters()).device
-    label = torch.zeros(1, dtype=torch.long, device=device) if classes else None
-    try:
-        with torch.no_grad():
-            net.eval()(x.to(device), *levels, label=label)
-    except ValueError as e:
-        raise UserError(e) from None
+    unet = dict(in_channels=channels, out_channels=channels * PARAMETERIZATIONS[args.param].heads,
+                channels=args.channels, mult=args.mult, blocks=args.blocks, resolution=max(h, w),
+                attention=attention, dropout=args.dropout, augment_dim=9 if args.augment else 0,
+                classes=classes)
+    return {**unet, "ratio": True} if args.bnr == "any" else unet
 
 
 def scorer(args, run, images, path, bf16):
     """A function that returns a model's FID and how it was made, for the log."""
-    if run["data"]["latents"]:
+    data, device, path = run["data"], torch.device(args.device), sampled_along(path)
+    if data["latents"]:
         raise UserError("--fid-every is for images, and these data are latents")
-    device, sampling, shape = torch.device(args.device), sampled_along(path), run["data"]["shape"]
     with rank_0_first():
         inception, digest = load_inception(args.fid_weights, device)
     batches = tqdm(images[rank()::world_size()].split(256), "reference statistics", unit=" batches",
                    disable=rank() > 0)
-    ref = statistics(batches, inception, "tf1", digest, run["data"]["name"])
-    solver = fast_solver(sampling)
+    ref = statistics(batches, inception, "tf1", digest, data["name"])
+    options = dict(colour=run["config"]["colour"], counts=data["counts"], **fast_solver(path))
 
     def fid(ema):
-        samples = drawn_batches(ema, sampling, shape, 0, args.fid_num, device, 256, **solver,
-                                colour=run["config"]["colour"], counts=run["data"]["counts"])
+        samples = drawn_batches(ema, path, data["shape"], 0, args.fid_num, device, 256, **options)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):         # not of Inception
             drawn = statistics(samples, inception, "tf1", digest, "samples")
         value = frechet_distance(drawn["mu"], drawn["sigma"], ref["mu"], ref["sigma"])
         return {"fid": round(value, 4), "fid_num": args.fid_num, "fid_resize": "tf1",
-                "fid_solver": f"{solver['solver']} {solver['steps']}",
+                "fid_solver": f"{options['solver']} {options['steps']}",
                 "fid_precision": "bf16" if bf16 else "fp32", "fid_weights_sha256": digest}
     return fid
 
 
-# What a run writes, and resumes from
+# What a run writes
 
-def begin(args, run, data, net, seen, total):
+def begin(args, run, data, net, seen, bf16):
     """Writes the options, says what is trained on what, and returns the log. Its lines after the
     checkpoint are dropped: they will be written again."""
     with atomic_write(f"{args.out}/options.json", "w") as f:
@@ -478,30 +424,25 @@ def begin(args, run, data, net, seen, total):
     kept, log = [], Path(args.out, "log.jsonl")
     for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):              # a damaged line
-            kept += [line] if json.loads(line)["kimg"] <= seen / 1000 else []
+            kept += [line + "\n"] if json.loads(line)["kimg"] <= seen / 1000 else []
     with atomic_write(log, "w") as f:
-        f.writelines(f"{line}\n" for line in kept)
+        f.writelines(kept)
 
-    facts, images = run["data"], data.images
+    facts, images, (_, micro) = run["data"], data.images, shares_of_batch(args)
     mean, std = (", ".join(f"{v:.3g}" for v in facts[k]) for k in ("mean", "std"))
     say(f"{facts['name']}: {facts['count']} images of {' x '.join(map(str, facts['shape']))}, "
-        f"{str(images.dtype)[6:]} from {images.min():.4g} to {images.max():.4g}; for the network "
+        f"{str(images.dtype)[6:]} from {images.min():.4g} to {images.max():.4g}; the network sees "
         f"mean {mean}, standard deviation {std}")
     if args.cond:
         names = [f"{name} {n}" for name, n in zip(facts["classes"], facts["counts"])]
         say(f"{len(names)} classes: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
     frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
-    processes = f" in {world_size()} processes" if world_size() > 1 else ""
-    _, micro = shares_of_batch(args)
-    notes = [f"{sum(p.numel() for p in net.parameters()):,} parameters"
-             + (f", of which {frozen:,} are frozen and stay" if frozen else ""),
-             run["config"]["path"] or f"BNR {run['config']['bnr']}",
-             f"{torch.device(args.device).type}, {'bf16' if uses_bf16(args) else 'fp32'}",
-             f"batch {args.batch} as {args.batch // micro} x {micro}{processes}"]
-    notes += [f"from the weights of {args.init_from}"] if args.init_from and not seen else []
-    notes += [f"resuming at {seen / 1000:g} kimg"] if seen else []
-    notes += ["which is its --duration already: a longer one continues"] if seen >= total else []
-    say("; ".join(notes))
+    say(f"{sum(p.numel() for p in net.parameters()):,} parameters"
+        f"{f', {frozen:,} of them frozen' if frozen else ''}; "
+        f"{run['config']['path'] or 'BNR ' + str(run['config']['bnr'])}; "
+        f"{args.device}, {'bf16' if bf16 else 'fp32'}; batch {args.batch} as "
+        f"{args.batch // micro} x {micro} in {world_size()} process{'es' * (world_size() > 1)}"
+        f"{f'; resuming at {seen / 1000:g} of {args.duration:g} kimg' if seen else ''}")
     return open(log, "a")
 
 
@@ -545,18 +486,20 @@ def save(args, run, net, ema, optimizer, seen, must):
         save_checkpoint(model, f"{args.out}/ema-{seen // 1000:06d}.pt")
     saved = save_checkpoints({f"{args.out}/state.pt": state, f"{args.out}/ema.pt": model})
     if must and not saved:
-        raise UserError(f"{args.out}: the last checkpoint could not be saved: make room, and the "
-                        "same command continues from the one before, if there is one")
+        raise UserError(f"{args.out}: the last checkpoint could not be saved: make room and start "
+                        "the same command again")
 
 
 def draw_grid(args, run, path, ema, seen):
     path = sampled_along(path)
     states = generate(ema, path, run["data"]["shape"], range(64), colour=run["config"]["colour"],
                       **fast_solver(path))
-    images = torch.cat([to_uint8(x).cpu() for x in states])
     with or_a_warning("a grid"):
-        save_grid(images, f"{args.out}/grid-{seen // 1000:06d}.png")
+        save_grid(torch.cat([to_uint8(x).cpu() for x in states]),
+                  f"{args.out}/grid-{seen // 1000:06d}.png")
 
+
+# What a run resumes from
 
 def resumable(args):
     """The state to resume from, or None for a new run. UserError where --out holds another."""
@@ -567,9 +510,7 @@ def resumable(args):
                             "another --out")
         return None
     state = read_checkpoint(filename)
-    needed = {"net", "ema", "optimizer", "options", "data", "seen", "config"}
-    if not state.keys() >= needed or not all(
-            isinstance(state[k], dict) for k in ("options", "config", "data")):
+    if not all(isinstance(state.get(k), dict) for k in ("options", "config", "data", "optimizer")):
         raise UserError(f"{filename} is not a state of train.py: choose another --out")
     before = state["options"]                                   # an old one may lack an option
     differ = [f"--{k.replace('_', '-')} {before[k]}, not {v}" for k, v in vars(args).items()
@@ -597,17 +538,15 @@ def restore(out, state, run, net, ema, optimizer):
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         for p, moments in optimizer.state.items():              # a fused Adam checks none of this
-            like = {"exp_avg": p, "exp_avg_sq": p, "step": torch.zeros(())}
-            for k, v in like.items():
-                if (moments[k].shape, moments[k].layout) != (v.shape, torch.strided):
+            for k, like in (("exp_avg", p), ("exp_avg_sq", p), ("step", torch.zeros(()))):
+                v = moments[k]
+                if (v.shape, v.layout) != (like.shape, torch.strided):
                     raise ValueError("the optimizer's moments do not have the weights' shapes")
-                moments[k] = torch.empty_like(v, device=moments[k].device).copy_(moments[k])
-        if type(state["seen"]) is not int or state["seen"] < 0:
-            raise TypeError("the number of images seen is not a number")
+                moments[k] = torch.empty_like(like, device=v.device).copy_(v)   # the same strides
+        return int(state["seen"]) // 1
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"{out}/state.pt does not fit this network: {reason}") from None
-    return state["seen"]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import http.client
 import io
 import math
 import os
+import pickle
 import re
 import secrets
 import signal
@@ -16,7 +17,6 @@ import stat
 import sys
 import time
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,9 +27,8 @@ from tqdm import tqdm
 
 try:
     import fcntl
-    import resource
 except ImportError:                                             # Windows
-    fcntl = resource = None
+    fcntl = None
 
 SIGPIPE = 13                                    # Windows has none
 
@@ -127,9 +126,6 @@ def device_name(text):
     """An argparse type: cpu, cuda or cuda:1. Under torchrun, cuda is the GPU of this process."""
     try:
         if text == "cuda" and "LOCAL_RANK" in os.environ:
-            processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-            if processes > gpus:
-                raise RuntimeError(f"torchrun started {processes} processes for {gpus} GPUs")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as e:
@@ -292,6 +288,15 @@ def flush_to_disk(file):
     os.fsync(file.fileno())
 
 
+def remove_parts(folder, age=0):
+    """Removes what killed programs have left of atomic_write in the folder, age seconds ago."""
+    for name in os.listdir(folder):
+        if re.search(r"\.[0-9a-f]{8}\.part$", name):
+            with contextlib.suppress(OSError):                  # it may be gone, or someone else's
+                if time.time() - os.path.getmtime(f"{folder}/{name}") >= age:
+                    os.remove(f"{folder}/{name}")
+
+
 @contextlib.contextmanager
 def or_a_warning(what):
     """Within, a disk that takes no more costs only what is written there."""
@@ -342,6 +347,46 @@ def read_checkpoint(filename):
     return checkpoint
 
 
+def restricted_unpickle(data, allowed):
+    """What is pickled in data: bytes, or an open file, which is read to the end of one pickle.
+
+    allowed: {(module, name): what stands for it}. Nothing else is imported or called: UserError for
+    another name. Byte strings of Python 2 stay bytes. Damaged data raise nearly anything.
+    """
+    def find_class(module, name):
+        if (module, name) not in allowed:
+            raise UserError(f"it names {f'{module}.{name}'[:80]!r}, which is not needed; nothing "
+                            "of it was executed")
+        return allowed[module, name]
+    file = io.BytesIO(data) if isinstance(data, bytes) else data
+    # the one in C allocates whatever the data claim; this one does so for a bytearray alone
+    reader = pickle._Unpickler(file, encoding="bytes")
+    reader.dispatch = {k: v for k, v in reader.dispatch.items() if k != pickle.BYTEARRAY8[0]}
+    reader.find_class, reader.persistent_load = find_class, lambda pid: pid
+    return reader.load()
+
+
+def check_facts(checkpoint, weights, size):
+    """Raises for weights and facts that train.py never saves. size: of the file, in bytes."""
+    for v in weights.values():
+        if (v.dtype, v.layout, v.device.type) != (torch.float32, torch.strided, "cpu"):
+            raise ValueError("its weights are not float32")
+    if sum(v.numel() * 4 for v in weights.values()) > size:
+        raise ValueError("its weights claim to be larger than the file")
+    if not all(v.isfinite().all() for v in weights.values()):
+        raise ValueError("its weights are not finite")
+    data, options = checkpoint["data"], checkpoint["options"]
+    c, h, w = data["shape"]
+    if not all(type(n) is int and 0 < n <= 4096 for n in (c, h, w)):
+        raise ValueError("it makes images of an unknown shape")
+    if type(options["sample_steps"]) is not int or not 1 <= options["sample_steps"] <= 10000:
+        raise ValueError("its sample_steps is out of range")
+    if options["resolution"] not in (0, max(h, w)):
+        raise ValueError("its resolution is not that of its images")
+    if not all(isinstance(v, str) for v in (options["data"], *data["classes"])):
+        raise TypeError("its data or classes have names of another type")
+
+
 @contextlib.contextmanager
 def locked(folder):
     """Within, the folder exists and no other run can have it. UserError where another has it. The
@@ -354,8 +399,7 @@ def locked(folder):
     with open(f"{folder}/.lock", "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for part in Path(folder).glob("*." + 8 * "[0-9a-f]" + ".part"):
-                part.unlink()
+            remove_parts(folder)
         except BlockingIOError:
             raise UserError(f"{folder} is in use by another run: choose another --out, or wait for "
                             "its end") from None
@@ -470,46 +514,6 @@ def compile_or_warn(module, asked):
         warn(f"not compiled, so slower: torch.compile does not work here ({reason}): {remedy}")
     else:
         module.compile()                                        # weights keep their names
-
-
-def check_facts(checkpoint, weights, size):
-    """Raises for weights and facts that train.py never saves. size: of the file, in bytes."""
-    for v in weights.values():
-        if (v.dtype, v.layout, v.device.type) != (torch.float32, torch.strided, "cpu"):
-            raise ValueError("its weights are not float32")
-    if sum(v.numel() * 4 for v in weights.values()) > size:
-        raise ValueError("its weights claim to be larger than the file")
-    if not all(v.isfinite().all() for v in weights.values()):
-        raise ValueError("its weights are not finite")
-    data, options = checkpoint["data"], checkpoint["options"]
-    c, h, w = data["shape"]
-    if not all(type(n) is int and 0 < n <= 4096 for n in (c, h, w)):
-        raise ValueError("it makes images of an unknown shape")
-    if type(options["sample_steps"]) is not int or not 1 <= options["sample_steps"] <= 10000:
-        raise ValueError("its sample_steps is out of range")
-    if options["resolution"] not in (0, max(h, w)):
-        raise ValueError("its resolution is not that of its images")
-    if not all(isinstance(v, str) for v in (options["data"], *data["classes"])):
-        raise TypeError("its data or classes have names of another type")
-
-
-def remove_parts(folder, age=0):
-    """Removes what killed programs have left of atomic_write in the folder, age seconds ago."""
-    for name in os.listdir(folder):
-        if re.search(r"\.[0-9a-f]{8}\.part$", name):
-            with contextlib.suppress(OSError):                  # it may be gone, or someone else's
-                if time.time() - os.path.getmtime(f"{folder}/{name}") >= age:
-                    os.remove(f"{folder}/{name}")
-
-
-def peak_memory(device):
-    """GiB of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    if resource is None:
-        return 0.
-    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def full_float32():
