@@ -471,6 +471,20 @@ def has_digest(path, algorithm, digest):
     return hashlib.new(algorithm, path.read_bytes()).hexdigest().startswith(digest)
 
 
+def compile_or_warn(module, asked):
+    """torch.compile of the module, in place, where that works on this machine. Elsewhere a warning
+    or, where the user asked for it, a UserError."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1))
+        module.compile()
+    except Exception as e:                                      # of torch, several kinds
+        reason = " ".join(str(e).split())[:200]
+        message = f"torch.compile does not work here ({reason})"
+        if asked:
+            raise UserError(f"{message}: leave out --compile") from None
+        warn(f"{message}: the network runs without it")
+
+
 # Processes, signals and precision
 
 @contextlib.contextmanager
