@@ -405,7 +405,7 @@ def prepare(args, data, path, net):
     torch.manual_seed(seed_for("weights", args.seed))
     net = net or checked_build(run.config, *shape)
     if args.init_from and not state:
-        start_from(net, args.init_from, run.path)
+        start_from(net, args.init_from, data.classes)
     run.net = net.to(device, memory_format=torch.channels_last)
     run.ema = copy.deepcopy(net).eval().requires_grad_(False)
     run.weights, run.averages = list(run.net.parameters()), list(run.ema.parameters())
