@@ -188,9 +188,9 @@ def options():
     a("--samples", type=number(int, 50), default=1000, help="a cell (default 1000)")
     add_device_option(p)
     args = p.parse_args()
-    args.nfe = [35, 17, 9]                                      # the first with two draws
+    args.nfe, args.wrong = [35, 17, 9], WRONG                   # the first NFE has two draws
     if args.quick:
-        args.duration, args.samples, args.nfe = 0.256, 50, [3]
+        args.duration, args.samples, args.nfe, args.wrong = 0.256, 50, [3], WRONG[-1:]
     return p, args
 
 
@@ -228,7 +228,7 @@ def compute(args, cells):
     count = args.samples if args.quick else REFERENCES
     measure = cache(lambda: Measure(references(*models[0].data, count), args.device))
     conditions = [(nfe, 1., 1., 0) for nfe in args.nfe] + [(args.nfe[0], 1., 1., 1)]
-    conditions += [(args.nfe[len(args.nfe) // 2], *wrong, 0) for wrong in WRONG]
+    conditions += [(args.nfe[len(args.nfe) // 2], *wrong, 0) for wrong in args.wrong]
     for (nfe, start, half_way, i), model, blind in product(conditions, models, (False, True)):
         key = dict(model.key, kind="samples", blind=blind, samples=args.samples, nfe=nfe,
                    start=start, half_way=half_way, draw=i)

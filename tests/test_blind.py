@@ -171,13 +171,13 @@ def test_the_table_from_the_command_line(tmp_path, monkeypatch, capsys):
     file = tmp_path / "quick/blind.jsonl"
     cells = [json.loads(line) for line in file.read_text().splitlines()]
     samples = [c for c in cells if c["kind"] == "samples"]
-    assert len(samples) == 2 * (2 + 5)                          # told, blind; draws, wrong noise
+    assert len(samples) == 2 * (2 + 1)                          # told, blind; draws, wrong noise
     assert all(len(c["levels"]) == (2 if c["blind"] else 0) for c in samples if c["half_way"] == 1)
     before = file.read_bytes()
     go(monkeypatch, "--quick", "--ckpt", checkpoint, "--bnr", 0.5, "--results", tmp_path)
     again = capsys.readouterr().out.splitlines()
     assert file.read_bytes() == before and len(given) == 2      # nothing is computed again
-    assert again == first[-len(again):] and sum("noise x" in row for row in again) == 6
+    assert again == first[-len(again):] and sum("noise x" in row for row in again) == 2
 
 
 def test_unlike_cells_stay_apart_and_told_and_blind_are_paired_like_with_like(tmp_path, monkeypatch,
