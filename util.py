@@ -154,9 +154,11 @@ def to_uint8(x):
     return (127.5 * x + 128).clamp(0, 255).byte()
 
 
-def open_upright(file):
+def open_upright(file, bits=16):
     """An image file -> a PIL image of mode L (grey) or RGB: rotated as its EXIF says, transparent
-    parts on white, 16 bits reduced to 8. Raises ValueError where the range of values is unknown."""
+    parts on white, 16-bit grey reduced from this number of bits to 8. In its info: "stack", whether
+    it has more pages; the largest value of 16-bit grey, "deep", or of what Pillow reads of 16-bit
+    colour, "rough". Raises ValueError where the range of values is unknown."""
     try:
         image = Image.open(file)
     except UnidentifiedImageError:                              # which names an object in memory
@@ -164,16 +166,26 @@ def open_upright(file):
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:     # Pillow only warns
         raise ValueError(f"{image.width} x {image.height} pixels are more than Pillow's limit "
                          f"of {Image.MAX_IMAGE_PIXELS}")
-    format, image = image.format, ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode == "I" and format != "PNG":
+    format, code = image.format, str([tile[3] for tile in image.tile])
+    info = {"stack": getattr(image, "is_animated", False) and format not in ("MPO", "PSD")}
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode == "I" and format not in ("PNG", "PPM"):
         raise ValueError("32-bit and float images have no standard range: convert it to 8 bits")
     if image.mode.startswith("I"):                              # 16-bit grey; Pillow would clip it
-        return Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+        deep = np.asarray(image)
+        if format != "PPM":                                     # which declares its largest value
+            info["deep"] = int(deep.max())
+        shift = bits - 8 if "deep" in info else 8
+        image = Image.fromarray((deep >> shift).clip(0, 255).astype(np.uint8))
+    elif format in ("PNG", "TIFF") and ";16" in code:
+        info["rough"] = max(high for _, high in image.convert("RGB").getextrema())
     grey = image.mode in ("1", "L", "LA")
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if grey else "RGB")
+    image = image.convert("L" if grey else "RGB")
+    image.info = info
+    return image
 
 
 def crop_and_resize(image, width, height):
@@ -385,6 +397,25 @@ def check_facts(checkpoint, weights, size):
         raise ValueError("its resolution is not that of its images")
     if not all(isinstance(v, str) for v in (options["data"], *data["classes"])):
         raise TypeError("its data or classes have names of another type")
+
+
+def restricted_unpickle(data, allowed):
+    """What is pickled in data: bytes, or an open file, which is read to the end of one pickle.
+
+    allowed: {(module, name): what stands for it}. Nothing else is imported or called: UserError for
+    another name. Byte strings of Python 2 stay bytes. Damaged data raise nearly anything.
+    """
+    def find_class(module, name):
+        if (module, name) not in allowed:
+            raise UserError(f"it names {f'{module}.{name}'[:80]!r}, which is not needed; nothing "
+                            "of it was executed")
+        return allowed[module, name]
+    file = io.BytesIO(data) if isinstance(data, bytes) else data
+    # the one in C allocates whatever the data claim; this one does so for a bytearray alone
+    reader = pickle._Unpickler(file, encoding="bytes")
+    reader.dispatch = {k: v for k, v in reader.dispatch.items() if k != pickle.BYTEARRAY8[0]}
+    reader.find_class, reader.persistent_load = find_class, lambda pid: pid
+    return reader.load()
 
 
 @contextlib.contextmanager
