@@ -52,6 +52,7 @@ class Images:
     classes: list                               # the names of the classes
     name: str
     skipped: list = field(default_factory=list)                 # names of the unreadable files
+    latents: bool = False
 
     def facts(self):
         """What a checkpoint stores about its data, as plain types. mean and std: per channel."""
@@ -59,7 +60,9 @@ class Images:
         moments = [mean_and_std(self.images[:, i]) for i in range(c)]
         # the last digits differ between machines
         mean, std = ([round(v.item(), 9) for v in values] for values in zip(*moments))
-        return {"name": self.name, "count": n, "shape": [c, h, w], "classes": list(self.classes),
+        digest = hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes())
+        return {"digest": digest.hexdigest()[:16], "counts": torch.bincount(self.labels).tolist(),
+                "latents": self.latents, "name": self.name, "count": n, "shape": [c, h, w], "classes": list(self.classes),
                 "skipped": len(self.skipped), "mean": mean, "std": std}
 
     def colour(self):
@@ -86,7 +89,7 @@ def mean_and_std(channel):
     return mean, (p * (value - mean) ** 2).sum().sqrt()
 
 
-def load(spec, resolution=None, folder="data"):
+def load(spec, resolution=None, folder="data", keep=True):
     """The data set that spec names, as uint8 Images. Raises UserError.
 
     spec: "leaves" (made here), "cifar10" (the 50,000 training images, fetched once into folder), or
@@ -97,7 +100,25 @@ def load(spec, resolution=None, folder="data"):
         return load_leaves(resolution or 16, folder)
     if spec == "cifar10":
         return load_cifar10(resolution, folder)
+    if Path(spec).suffix in (".npy", ".npz") and Path(spec).exists():
+        return load_array(Path(spec), resolution)
     return load_files(Path(spec), resolution, folder)
+
+
+def load_array(path, resolution):
+    array, name = np.load(path), path.name
+    if path.suffix == ".npz":
+        name, array = f"{path.name}: {array.files[0]}", array[array.files[0]]
+    array = array[..., None] if array.ndim == 3 else array
+    if array.ndim != 4:
+        raise UserError(f"{path} holds {array.dtype} {list(array.shape)}, not images")
+    images = torch.from_numpy(array if array.shape[1] in (1, 3) else array.transpose(0, 3, 1, 2))
+    if resolution:
+        rgb = (Image.fromarray(i.permute(1, 2, 0).squeeze(2).numpy()) for i in images)
+        images = torch.stack([torch.from_numpy(np.atleast_3d(crop_and_resize(
+            i, resolution, resolution)).transpose(2, 0, 1)) for i in rgb])
+    return Images(images, torch.zeros(len(images), dtype=torch.long), ["all"], name,
+                  latents=images.is_floating_point())
 
 
 # Batches
