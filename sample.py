@@ -198,6 +198,9 @@ def generate(net, path, shape, seeds, device=None, batch=64, init=None, level=No
         latents = noise().to(device)
         if classes:
             labels = [s % classes if label is None else label for s in some]
+            if counts and label is None:
+                shares = np.cumsum(counts) / sum(counts)
+                labels = [int((shares <= s * 0.618033988749895 % 1).sum()) for s in some]
             heads = partial(net, label=torch.tensor(labels, device=device))
         if init is None:
             yield sample(heads, path, latents, steps, colour, noise=noise, **options)
