@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from data import augment, load, resident, shuffled, take
 from degrade import AnyBNR, ConstantBNR, check_path, make_path, time_of
-from fid import drawn_batches, frechet_distance, load_inception, statistics
+from fid import drawn_batches, frechet_distance, statistics
+from inception import load_inception
 from loss import disentangled_loss
 from model import PARAMETERIZATIONS, SIGMA_DATA, build, start_from
 from sample import fast_solver, generate

@@ -378,46 +378,6 @@ def restricted_unpickle(data, allowed):
     return reader.load()
 
 
-def check_facts(checkpoint, weights, size):
-    """Raises for weights and facts that train.py never saves. size: of the file, in bytes."""
-    for v in weights.values():
-        if (v.dtype, v.layout, v.device.type) != (torch.float32, torch.strided, "cpu"):
-            raise ValueError("its weights are not float32")
-    if sum(v.numel() * 4 for v in weights.values()) > size:
-        raise ValueError("its weights claim to be larger than the file")
-    if not all(v.isfinite().all() for v in weights.values()):
-        raise ValueError("its weights are not finite")
-    data, options = checkpoint["data"], checkpoint["options"]
-    c, h, w = data["shape"]
-    if not all(type(n) is int and 0 < n <= 4096 for n in (c, h, w)):
-        raise ValueError("it makes images of an unknown shape")
-    if type(options["sample_steps"]) is not int or not 1 <= options["sample_steps"] <= 10000:
-        raise ValueError("its sample_steps is out of range")
-    if options["resolution"] not in (0, max(h, w)):
-        raise ValueError("its resolution is not that of its images")
-    if not all(isinstance(v, str) for v in (options["data"], *data["classes"])):
-        raise TypeError("its data or classes have names of another type")
-
-
-def restricted_unpickle(data, allowed):
-    """What is pickled in data: bytes, or an open file, which is read to the end of one pickle.
-
-    allowed: {(module, name): what stands for it}. Nothing else is imported or called: UserError for
-    another name. Byte strings of Python 2 stay bytes. Damaged data raise nearly anything.
-    """
-    def find_class(module, name):
-        if (module, name) not in allowed:
-            raise UserError(f"it names {f'{module}.{name}'[:80]!r}, which is not needed; nothing "
-                            "of it was executed")
-        return allowed[module, name]
-    file = io.BytesIO(data) if isinstance(data, bytes) else data
-    # the one in C allocates whatever the data claim; this one does so for a bytearray alone
-    reader = pickle._Unpickler(file, encoding="bytes")
-    reader.dispatch = {k: v for k, v in reader.dispatch.items() if k != pickle.BYTEARRAY8[0]}
-    reader.find_class, reader.persistent_load = find_class, lambda pid: pid
-    return reader.load()
-
-
 @contextlib.contextmanager
 def locked(folder):
     """Within, the folder exists and no other run can have it. UserError where another has it. The
