@@ -112,6 +112,11 @@ def digest(filename):
     return hashlib.sha256(Path(filename).read_bytes()).hexdigest()[:12]
 
 
+def digest_of(images):
+    """The same of a tensor of images: with it, a cell says which images it was compared with."""
+    return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()[:12]
+
+
 def matching(cells, **key):
     """The cells that have these values, in the order in which they were computed."""
     return [c for c in cells if all(c.get(k) == v for k, v in key.items())]
@@ -214,8 +219,8 @@ class Measure:
 
     def __init__(self, reference, device="cpu", fid=False, compiled=False):
         self.features = inception_features(device) if fid else lite0_features(device, compiled)
-        key = hashlib.sha256(reference.numpy().tobytes()).hexdigest()[:12]
-        kept = Path("data") / f"measure-{'fid-' if fid else ''}{key}.npz"       # it takes minutes
+        name = f"measure-{'fid-' if fid else ''}{digest_of(reference)}.npz"
+        kept = Path("data") / name                              # it takes minutes
         if not kept.exists():
             kept.parent.mkdir(exist_ok=True)
             mu, cov = self.statistics(reference)
