@@ -52,6 +52,7 @@ class Images:
     classes: list                               # the names of the classes
     name: str
     skipped: list = field(default_factory=list)                 # names of the unreadable files
+    latents: bool = False
 
     def facts(self):
         """What a checkpoint stores about its data, as plain types. mean and std: per channel."""
@@ -60,7 +61,14 @@ class Images:
         # the last digits differ between machines
         mean, std = ([round(v.item(), 9) for v in values] for values in zip(*moments))
         return {"name": self.name, "count": n, "shape": [c, h, w], "classes": list(self.classes),
+                "counts": torch.bincount(self.labels, minlength=len(self.classes)).tolist(),
+                "latents": self.latents, "digest": self.digest(),
                 "skipped": len(self.skipped), "mean": mean, "std": std}
+
+    def digest(self):
+        h = hashlib.sha256(self.images.numpy().tobytes())
+        h.update(self.labels.numpy().tobytes())
+        return h.hexdigest()[:16]
 
     def colour(self):
         """The Gaussian of the images' mean colours, as lists: {"mean": [C], "cov": [C][C]}."""

