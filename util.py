@@ -366,27 +366,6 @@ def restricted_unpickle(data, allowed):
     return reader.load()
 
 
-def check_facts(checkpoint, weights, size):
-    """Raises for weights and facts that train.py never saves. size: of the file, in bytes."""
-    for v in weights.values():
-        if (v.dtype, v.layout, v.device.type) != (torch.float32, torch.strided, "cpu"):
-            raise ValueError("its weights are not float32")
-    if sum(v.numel() * 4 for v in weights.values()) > size:
-        raise ValueError("its weights claim to be larger than the file")
-    if not all(v.isfinite().all() for v in weights.values()):
-        raise ValueError("its weights are not finite")
-    data, options = checkpoint["data"], checkpoint["options"]
-    c, h, w = data["shape"]
-    if not all(type(n) is int and 0 < n <= 4096 for n in (c, h, w)):
-        raise ValueError("it makes images of an unknown shape")
-    if type(options["sample_steps"]) is not int or not 1 <= options["sample_steps"] <= 10000:
-        raise ValueError("its sample_steps is out of range")
-    if options["resolution"] not in (0, max(h, w)):
-        raise ValueError("its resolution is not that of its images")
-    if not all(isinstance(v, str) for v in (options["data"], *data["classes"])):
-        raise TypeError("its data or classes have names of another type")
-
-
 @contextlib.contextmanager
 def locked(folder):
     """Within, the folder exists and no other run can have it. UserError where another has it. The
