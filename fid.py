@@ -128,8 +128,8 @@ def read_statistics(path):
     if (mu.shape, sigma.shape) != ((WIDTH,), (WIDTH, WIDTH)) or not is_covariance(sigma) \
             or not mu.isfinite().all():
         raise UserError(f"{path} holds mu {list(mu.shape)} and sigma {list(sigma.shape)}: FID "
-                        f"takes a finite mu [{WIDTH}] and a covariance [{WIDTH}, {WIDTH}] (symmetric, "
-                        "no negative eigenvalue)")
+                        f"takes a finite mu [{WIDTH}] and a covariance [{WIDTH}, {WIDTH}] "
+                        "(symmetric, no negative eigenvalue)")
     return {"num": None, "source": str(path), **found}
 
 
