@@ -1,4 +1,6 @@
 """The README's section "To swap a part", from outside, each part in a few lines of the user's."""
+import contextlib
+import copy
 import os
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import torch
 import degrade
 import train
 from data import Images
-from model import Denoiser, load_model
+from model import Denoiser, NoiseDenoiser, load_model
 from sample import generate, sampling_path
 from util import UserError, read_checkpoint
 
@@ -25,10 +27,10 @@ def options(out, duration=0.016, resolution=8):
     return train.options([*SHORT, *(str(word) for pair in given.items() for word in pair)])
 
 
-def noise_images(channels=3):
+def noise_images(channels=3, classes=("all",)):
     g = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (20, channels, 8, 8), dtype=torch.uint8, generator=g)
-    return Images(x, torch.zeros(20, dtype=torch.long), ["all"], "noise")
+    return Images(x, torch.arange(20) % len(classes), classes, "noise")
 
 
 def four_samples(net, path, channels=3):
@@ -81,15 +83,52 @@ def small_cnn():
 
 
 def test_a_network(tmp_path):
-    net, before = small_cnn(), small_cnn().state_dict()
+    """It trains in training mode, also where it was loaded; and it loads again, to sample."""
+    net, before = small_cnn().eval(), small_cnn().state_dict()
     ema = train.train(options(tmp_path), noise_images(), net=net)
+    assert net.training and not ema.training
     assert not any(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     x = four_samples(ema, degrade.ConstantBNR(0.5))
-    loaded = small_cnn()
-    loaded.load_state_dict(read_checkpoint(tmp_path / "ema.pt")["weights"])
+    loaded, checkpoint = load_model(tmp_path / "ema.pt", net=small_cnn())
     assert torch.equal(four_samples(loaded, degrade.ConstantBNR(0.5)), x)
-    with pytest.raises(UserError, match="not a model of this project"):
+    assert checkpoint["options"]["data"] == "noise"             # not the default, leaves
+    with pytest.raises(UserError, match="own network"):
         load_model(tmp_path / "ema.pt")
+    with pytest.raises(UserError, match="frozen.*requires_grad_"):
+        train.train(options(tmp_path / "on"), noise_images(), net=loaded)
+    assert not (tmp_path / "on").exists()
+
+
+class Labelled(CNN):
+    classes = 2
+
+
+@pytest.mark.parametrize("net, cond, words", [
+    (CNN, True, "has 0 classes and the run 2"), (Labelled, False, "has 2 classes and the run 0"),
+    (Labelled, True, None)])
+def test_a_network_with_classes_and_cond_go_together(tmp_path, net, cond, words):
+    args = options(tmp_path / "run")
+    args.cond = cond
+    net = Denoiser(net(torch.nn.Conv2d(4, 6, 3, padding=1)))
+    with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+        train.train(args, noise_images(classes=("a", "b")), net=net)
+    assert (tmp_path / "run").exists() == (words is None)
+
+
+def test_an_output_of_another_shape_is_refused(tmp_path):
+    net = Denoiser(CNN(torch.nn.Conv2d(4, 6, 3)))               # two pixels less
+    with pytest.raises(UserError, match="output must be"):
+        train.train(options(tmp_path), noise_images(), net=net)
+    assert not (tmp_path / "state.pt").exists()
+
+
+def test_a_path_is_checked_before_anything_is_written(tmp_path):
+    class Falling(degrade.Path):
+        def levels(self, t):
+            return 1 / (1 + t), t
+    with pytest.raises(UserError, match="the path Falling cannot be used"):
+        train.train(options(tmp_path / "run"), noise_images(), Falling())
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_ema_has_the_networks_buffers(tmp_path):
@@ -113,8 +152,8 @@ def test_a_run_with_parts_of_ones_own_resumes(tmp_path):
 @pytest.mark.parametrize("channels, scale", [(3, 127.5), (1, 127.5), (4, 1)])
 def test_a_tensor_of_images(tmp_path, channels, scale):
     images = noise_images(channels)
-    if scale == 1:                                              # latents
-        images.images = 3 * torch.randn(20, channels, 8, 8)
+    if scale == 1:
+        images = Images(3 * torch.randn(20, channels, 8, 8), name="noise", latents=True)
     ema = train.train(options(tmp_path), images)
     x = four_samples(ema, degrade.ConstantBNR(0.5), channels)
     net, checkpoint = load_model(tmp_path / "ema.pt")
@@ -122,6 +161,12 @@ def test_a_tensor_of_images(tmp_path, channels, scale):
     facts, std = checkpoint["data"], images.images.double().std((0, 2, 3), unbiased=False)
     assert (facts["name"], facts["count"], facts["shape"]) == ("noise", 20, [channels, 8, 8])
     assert facts["std"] == pytest.approx((std / scale).tolist(), rel=1e-6)
+    assert (tmp_path / "grid-000000.png").exists() == (scale != 1)              # not of latents
+    if scale == 1:
+        args = options(tmp_path / "fid")
+        args.fid_every = 1
+        with pytest.raises(UserError, match="--fid-every is for images"):
+            train.train(args, images)
 
 
 def test_a_tensor_has_a_resolution_of_its_own(tmp_path):
@@ -140,19 +185,55 @@ def test_the_readmes_code_runs_as_it_stands(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
                           text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run-swap/ema.pt").exists() and len(block) <= 20
+    assert (tmp_path / "run-swap/ema.pt").exists() and len(block) <= 24
 
 
-def test_a_network_may_have_frozen_and_unused_parameters(tmp_path):
+def test_the_contracts_code_runs_after_the_readmes(tmp_path, monkeypatch):
+    """The last block of docs/own-parts.md: save pictures, load again, go on."""
+    text = (ROOT / "docs/own-parts.md").read_text().split("    from util import")[1]
+    code = "from util import" + textwrap.dedent("    " + text.split("\n\n")[0])
+    net, images = small_cnn(), noise_images()
+    train.train(options(tmp_path / "run-swap"), images, Square(), net)
+    parts = dict(net=net, images=images, path=Square(), samples=torch.zeros(1, 3, 8, 8),
+                 out=str(tmp_path / "run-swap"), options=options(tmp_path / "run-swap", 0.032))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"copy": copy, "train": train, "load_model": load_model, **parts})
+    assert (tmp_path / "0.png").exists()
+    assert read_checkpoint(tmp_path / "run-swap/ema.pt")["seen"] == 32
+
+
+SCRIPT = """
+import torch, train
+from data import Images
+x = torch.arange(20 * 192).reshape(20, 3, 8, 8).remainder(255).byte()
+ema = train.train(train.options({args!r}), Images(x))
+torch.save(ema.state_dict(), f"weights-{{torch.distributed.is_initialized()}}.pt")
+"""
+
+
+def test_an_own_script_under_torchrun_trains_once(tmp_path):
+    """Without a process group of its own: two processes share the batch of one run."""
+    words = [*SHORT, "--resolution", "8", "--duration", "0.008", "--out", "run"]
+    (tmp_path / "own.py").write_text(SCRIPT.format(args=words))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                           "--standalone", "own.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("parameters") == 1 and "batch 4 as 2 x 2 in 2 processes" in done.stdout
+    assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_network_may_have_frozen_and_unused_parameters(tmp_path, capsys):
     net, before = small_cnn(), small_cnn().state_dict()
     net.unet[0].requires_grad_(False)
     net.unet.unused = before["unet.unused"] = torch.nn.Parameter(torch.ones(3))
     ema = train.train(options(tmp_path), noise_images(), net=net)
     same = {k for k, v in ema.state_dict().items() if torch.equal(v, before[k])}
     assert {"unet.0.weight", "unet.0.bias", "unet.unused"} == same
+    assert "1,465 parameters, 592 of them frozen" in capsys.readouterr().out
 
 
-def test_another_path_or_network_does_not_resume_a_run(tmp_path):
+def test_other_parts_do_not_resume_a_run(tmp_path):
     class Other(Square):
         pass
     train.train(options(tmp_path / "path"), noise_images(), Square())
@@ -163,8 +244,32 @@ def test_another_path_or_network_does_not_resume_a_run(tmp_path):
         train.train(options(tmp_path / "net", 0.032), noise_images(),
                     net=Denoiser(small_cnn().unet, sigma_data=0.7))
 
+    class Same(Denoiser):
+        def answers(self, x, f, s):
+            return super().answers(x, f, s)
+    for kind in (NoiseDenoiser, Same):
+        with pytest.raises(UserError, match=f"answers Denoiser.*, not {kind.__name__}"):
+            train.train(options(tmp_path / "net", 0.032), noise_images(), net=kind(small_cnn().unet))
+
+
+def test_the_levels_of_a_path_and_the_images_are_compared_on_resuming(tmp_path):
+    """Another ratio of the same class; an image in another place; two labels exchanged."""
+    train.train(options(tmp_path), noise_images(), degrade.ConstantBNR(2))
+    with pytest.raises(UserError, match="a run with levels"):
+        train.train(options(tmp_path, 0.032), noise_images(), degrade.ConstantBNR(0.1))
+    images, labels = noise_images(), noise_images(classes=("a", "b"))
+    images.images[[0, 1]] = images.images[[1, 0]]
+    labels.labels[[0, 1]] = labels.labels[[1, 0]]
+    for other in (images, labels):
+        with pytest.raises(UserError, match="was trained on other images"):
+            train.train(options(tmp_path, 0.032), other, degrade.ConstantBNR(2))
+    images = noise_images()
+    images.name = "moved"
+    train.train(options(tmp_path, 0.032), images, degrade.ConstantBNR(2))
+    assert read_checkpoint(tmp_path / "ema.pt")["seen"] == 32
+
 
 def test_a_path_without_noise_starts_from_the_datas_colours(tmp_path):
     train.train(options(tmp_path), noise_images(), degrade.ColdPath())
-    assert (tmp_path / "grid-000000.016.png").exists()
+    assert (tmp_path / "grid-000000.png").exists()
     assert read_checkpoint(tmp_path / "ema.pt")["config"]["colour"] == noise_images().colour()
