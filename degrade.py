@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 
-from util import Parser, film_strip, normalize, number, read_image
+from util import Parser, UserError, film_strip, normalize, number, read_image
 
 
 def degrade(x0, alpha, sigma, noise):
@@ -45,12 +45,14 @@ def attenuation(alpha, x):
 class Path:
     """A curve alpha(t), sigma(t) in the plane of levels, and the law of its training levels.
 
-    A path of your own defines `levels` and inherits the rest, or defines all three methods.
+    A path of your own defines `levels` and inherits the rest, or defines all three methods. t is
+    any parameter: 0 at the image, and neither alpha nor sigma falls as it rises. check_path looks.
     """
     P_mean, P_std = -1.2, 1.2                                   # of ln t in training (EDM)
 
     def levels(self, t):
-        """t, a number or a tensor -> alpha, blur in pixels, and sigma, noise in image units."""
+        """t, a tensor -> alpha, blur in pixels, and sigma, noise in image units: tensors like t, or
+        numbers where they do not depend on it. sigma may be 0 above t = 0 only if it always is."""
         raise NotImplementedError
 
     def t_range(self, h, w):
@@ -60,7 +62,9 @@ class Path:
     def training_levels(self, n, h, w, device=None):
         """alpha and sigma for n images of h x w, float32 [n] each, from torch's generator."""
         ln_t = self.P_mean + self.P_std * torch.randn(n, device=device)         # (9)
-        return self.levels(torch.exp(ln_t))
+        t = torch.exp(ln_t)
+        return tuple(torch.as_tensor(v, dtype=t.dtype, device=device).expand(n)
+                     for v in self.levels(t))
 
 
 class ConstantBNR(Path):
@@ -128,8 +132,35 @@ def make_path(bnr, name=None):
     return ConstantBNR(bnr)
 
 
+def levels_of(path, t):
+    """alpha and sigma of a path at t, a number or a tensor: float64 tensors of the shape of t."""
+    t = torch.as_tensor(t, dtype=torch.float64)
+    return tuple(torch.as_tensor(v, dtype=torch.float64, device=t.device).expand(t.shape)
+                 for v in path.levels(t))
+
+
 def check_path(path, h, w):
-    """Raises UserError for a path that breaks the contract."""
+    """Raises UserError, with one line, for a path that breaks the contract of Path. It is looked at
+    on a grid of t for images of h x w."""
+    if isinstance(path, AnyBNR):
+        return                                                  # it is for training, and ours
+    try:
+        low, high = map(float, path.t_range(h, w))
+        t = torch.linspace(math.log(low), math.log(high), 500, dtype=torch.float64).exp()
+        alpha, sigma = levels_of(path, torch.cat([torch.zeros(1), t]))
+        wrong = {
+            "t_range must rise, from above 0": not low < high < math.inf,
+            "alpha and sigma must be finite and at least 0":
+                not all(v.isfinite().all() and (v >= 0).all() for v in (alpha, sigma)),
+            "at t = 0 there must be no blur and no noise": alpha[0] or sigma[0],
+            "alpha and sigma must not fall as t rises":
+                any((v.diff() < -1e-9 * v.max()).any() for v in (alpha, sigma)),
+            "sigma may be 0 above t = 0 only where it always is": sigma.any() and not sigma[1:].all(),
+            "above t = 0 there must be blur or noise": not (alpha + sigma)[1:].all()}
+    except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as e:
+        wrong = {f"t_range or levels of a tensor fails ({' '.join(str(e).split())})": True}
+    for reason in (text for text, found in wrong.items() if found):
+        raise UserError(f"the path {type(path).__name__} cannot be used: {reason}")
 
 
 def time_of(alpha, sigma):

@@ -1,17 +1,17 @@
 """The sampler: from noise to images by deblurring and denoising together, equations (2) to (5).
 
     python sample.py --ckpt run/ema.pt --seeds 0-63                  # a PNG a seed in samples/
+    python sample.py --ckpt run/ema.pt --solver multistep            # 12 evaluations instead of 35
     python sample.py --ckpt run/ema.pt --seeds 0-2 --strip           # the steps: samples-strip.png
     python sample.py --ckpt run/ema.pt --init cat.png --level 1      # your own, degraded and back
-    python sample.py --ckpt run/ema.pt --interpolate 3-8 10          # from one seed to another
     python sample.py --ckpt any/ema.pt --bnr 0.3                     # a network of --bnr any
 
 Equation numbers are those of the README.
 """
 import argparse
+import json
 import math
 import os
-import re
 from functools import partial
 from itertools import zip_longest
 
@@ -20,14 +20,15 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from degrade import (AnyBNR, ColdPath, ConstantBNR, attenuation, dct2, degrade, expand_level, idct2,
-                     make_path)
+from degrade import (AnyBNR, ColdPath, ConstantBNR, attenuation, check_path, dct2, degrade,
+                     expand_level, idct2, levels_of, make_path)
 from model import load_model
-from util import (Parser, UserError, add_device_option, film_strip, full_float32, normalize, number,
-                  process_group, rank, read_image, save_grid, save_image, say, to_uint8, warn,
-                  world_size, writable_folder)
+from util import (Parser, UserError, add_device_option, atomic_write, film_strip, full_float32,
+                  normalize, number, process_group, rank, read_image, save_grid, save_image, say,
+                  to_uint8, world_size, writable_folder)
 
-GAUSS_LEGENDRE = np.polynomial.legendre.leggauss(64)            # nodes in [-1, 1] and weights
+STEPS = {"euler": 18, "heun": 18, "multistep": 12}              # by default
+THIRD = 9                                       # multistep has order 3 from this many steps on
 
 
 def time_steps(n, t_min=0.002, t_max=80., rho=7.):
@@ -37,30 +38,57 @@ def time_steps(n, t_min=0.002, t_max=80., rho=7.):
     return torch.cat([t, torch.zeros(1, dtype=torch.float64)])
 
 
+def multistep_times(n, path, h, w, t_max=None):
+    """Multistep's n levels from t_max, the path's by default, then 0: float64 [n + 1].
+
+    They are even in ln(1 + a / sigma): in ln sigma below a, where an image of h x w appears, and in
+    1 / sigma above it, where the estimate is still the mean of all images. The last is where the
+    image is finished. Order 3 starts with half a step, for its first two steps have less.
+    """
+    t_min, highest = path.t_range(h, w)
+    t_max = highest if t_max is None else t_max
+    low, high = (levels_of(path, t)[1].item() for t in (t_min, t_max))
+    a, last = 1.5 * math.sqrt(h * w), min(max(180 * low / n, low), math.sqrt(low * high))
+    i = torch.arange(n, dtype=torch.float64)
+    if n >= THIRD:
+        i[1:] -= 0.5
+    start, end = math.log1p(a / high), math.log1p(a / last)
+    sigma = a / torch.expm1(start + i / i[-1].clamp(min=1) * (end - start))     # [n]
+    below, above = torch.zeros(n, dtype=torch.float64), torch.full_like(sigma, t_max)
+    for _ in range(100):                                        # bisection for the t of each sigma
+        t = (below + above) / 2
+        short = levels_of(path, t)[1] < sigma
+        below, above = torch.where(short, t, below), torch.where(short, above, t)
+    return torch.cat([torch.full_like(above[:1], t_max), above[1:], torch.zeros_like(above[:1])])
+
+
 @torch.no_grad()
-def solve(net, path, x, times, solver="heun", churn=0., s_min=0., s_max=math.inf, noise=None,
-          watch=None):
+def solve(net, path, x, times, solver="heun", churn=0., s_min=0., s_max=math.inf, s_noise=1.,
+          noise=None, watch=None):
     """Carry the state x [B, C, H, W] down the levels `times` along the flow (2), in float64.
 
     net: (x, alpha, sigma) -> D, R. times: falling, [n + 1]. solver: "euler" and "multistep" call
     net once a step, "heun" twice, but once for a last step to 0. churn: EDM's S_churn, for levels
-    from s_min to s_max, with fresh noise from noise(), unit normal like x. watch(t, x, D, R) sees
-    the first evaluation of each step. Raises ValueError for another solver, and for multistep with
-    churn or without noise.
+    from s_min to s_max, with fresh noise from noise(), unit normal like x, times s_noise.
+    watch(t, x, D, R) sees the first evaluation of each step. Raises ValueError for another solver,
+    for times that do not fall, and for multistep with churn or without noise.
     """
-    if solver not in ("euler", "heun", "multistep"):
+    times = torch.as_tensor(times, dtype=torch.float64, device="cpu")
+    if solver not in STEPS:
         raise ValueError(f"solver must be euler, heun or multistep, not {solver}")
-    x, times, before = x.double(), times.tolist(), None
-    if solver == "multistep" and (churn or path.levels(times[0])[1] == 0):
+    if len(times) < 2 or not (times.diff() < 0).all() or times[-1] < 0:
+        raise ValueError("the time steps must fall, and there must be at least one step")
+    if solver == "multistep" and (churn or levels_of(path, times[0])[1] == 0):
         raise ValueError("multistep needs a path with noise and no churn: use heun or euler")
+    x, history, order = x.double(), [], 3 if len(times) > THIRD else 2
     for t, s in zip(times[:-1], times[1:]):
         if churn and s_min <= t <= s_max:
             t_hat = t * (1 + min(churn / (len(times) - 1), math.sqrt(2) - 1))
             fresh = torch.randn_like(x) if noise is None else noise().to(x)
-            x, t = churn_step(x, t, t_hat, path, fresh), t_hat
+            x, t = churn_step(x, t, t_hat, path, s_noise * fresh), t_hat
         d, r = evaluate(net, path, x, t)
         if watch:
-            watch(t, x, d, r)
+            watch(t.item(), x, d, r)
         x0_hat, n_hat = d + r, noise_estimate(x, d, t, path)
         x_s = step(x, x0_hat, n_hat, t, s, path)                                # (3), Euler
         if solver == "heun" and s > 0:                          # the same with both ends' average
@@ -68,76 +96,106 @@ def solve(net, path, x, times, solver="heun", churn=0., s_min=0., s_max=math.inf
             n_s = noise_estimate(x_s, d, s, path)
             x_s = step(x, (x0_hat + d + r) / 2, (n_hat + n_s) / 2, t, s, path)      # (3)
         if solver == "multistep":
-            if s == 0:
-                x_s = x0_hat
-            elif before is not None:
-                x_s = x_s + slope_correction(x0_hat, t, *before, s, path)
-            before = x0_hat, t
+            history = [evaluation(x0_hat, d, t, path)] + history[:order - 1]
+            x_s = x0_hat if s == 0 else x_s + curvature(history, t, s, path)        # (5)
         x = x_s
     return x
 
 
 def step(x, x0_hat, n_hat, t, s, path):
     """Equation (3), from level t to s: deblur along M, denoise along sigma."""
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = path.levels(t), path.levels(s)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = levels_of(path, t), levels_of(path, s)
     deblurred = idct2((attenuation(alpha_s, x) - attenuation(alpha_t, x)) * dct2(x0_hat))
     return x + deblurred + expand_level(sigma_s - sigma_t, x) * n_hat           # (3)
 
 
 def noise_estimate(x, d, t, path):
     """n_hat = (x - D) / sigma, the slope in sigma of the flow; 0 where there is no noise."""
-    sigma = expand_level(path.levels(t)[1], x)
+    sigma = expand_level(levels_of(path, t)[1], x)
     return torch.where(sigma > 0, (x - d) / sigma, 0)                           # (2)
 
 
-def slope_correction(x0_hat, t, x0_before, t_before, s, path):
-    """What (5) adds to Euler's step from t to s, for an x0_hat linear in l = -ln sigma through the
-    evaluations at t_before and t."""
-    sigma_before, sigma_t, sigma_s = (path.levels(level)[1] for level in (t_before, t, s))
-    k = (dct2(x0_hat) - dct2(x0_before)) / math.log(sigma_before / sigma_t)
-    m_s = attenuation(path.levels(s)[0], x0_hat)
-    j = integral(sigma_t, sigma_s, path, x0_hat)
-    return sigma_s * idct2(k * (math.log(sigma_t / sigma_s) * m_s / sigma_s - j))           # (5)
+def evaluation(x0_hat, d, t, path):
+    """What (5) keeps of an evaluation: l = -ln sigma and, in the DCT domain, x0_hat and what the
+    heads disagree by, e = D - V M V^T x0_hat: [2, B, C, H, W]."""
+    alpha, sigma = levels_of(path, t)
+    u = dct2(x0_hat)
+    return -sigma.log(), torch.stack([u, dct2(d) - attenuation(alpha, x0_hat) * u])
 
 
-def integral(sigma_t, sigma_s, path, x):
-    """J of (5), the integral of M e^l dl from sigma_t to sigma_s, l = -ln sigma: float64 [H, W].
-    Gauss-Legendre, for any path whose t is sigma."""
-    nodes, weights = GAUSS_LEGENDRE
-    middle, half = -math.log(sigma_t * sigma_s) / 2, math.log(sigma_t / sigma_s) / 2
-    l = middle + half * torch.from_numpy(nodes).to(x.device)                    # [64]
-    m = attenuation(path.levels(torch.exp(-l))[0], x)                           # [64, 1, H, W]
-    w = half * torch.from_numpy(weights).to(x.device) * torch.exp(l)
-    return (w[:, None, None, None] * m).sum((0, 1))                             # J of (5)
+def curvature(history, t, s, path, cells=200):
+    """What (5) adds to Euler's step from t to s: the integrals of x0_hat d(M / sigma) and of
+    e d(1 / sigma), less their values at t, for polynomials in l through the evaluations of the
+    history, the newest first. In Newton's form, summed over cells that are even in ln t."""
+    (newest, value), *older = history
+    history = [(newest, value)] + [h for h in older if h[0] < newest]   # sigma may stand still
+    nodes, values = zip(*history)
+    i = torch.linspace(0, 1, cells + 1, dtype=torch.float64)
+    alpha, sigma = levels_of(path, t ** (1 - i) * s ** i)
+    l = -(sigma[1:] * sigma[:-1]).log() / 2                     # in the middle of each cell
+    device, p, total = value.device, torch.ones_like(l), torch.zeros_like(value[0])
+    blurred = (attenuation(alpha.to(device), value) / expand_level(sigma, value)).diff(dim=0)
+    for k in range(1, len(history)):
+        p = p * (l - nodes[k - 1])                              # (l - l_0) ... (l - l_(k-1))
+        values = [(new - old) / (nodes[j] - nodes[j + k])       # divided differences
+                  for j, (new, old) in enumerate(zip(values, values[1:]))]
+        of_x0 = torch.tensordot(p.to(device), blurred, 1)       # [1, H, W]
+        of_e = (p * (1 / sigma).diff()).sum().to(device)
+        total = total + of_x0 * values[0][0] + of_e * values[0][1]
+    return expand_level(sigma[-1], total) * idct2(total)                        # (5)
 
 
 def churn_step(x, t, t_hat, path, noise):
     """Equation (4), from level t up to t_hat, exactly as the forward process goes."""
-    (alpha, sigma), (alpha_hat, sigma_hat) = path.levels(t), path.levels(t_hat)
-    q = attenuation(math.sqrt(alpha_hat ** 2 - alpha ** 2), x)  # M_that / M_t: both can underflow
+    (alpha, sigma), (alpha_hat, sigma_hat) = levels_of(path, t), levels_of(path, t_hat)
+    climb = (alpha_hat ** 2 - alpha ** 2).clamp(min=0).sqrt()
+    q = attenuation(climb, x)                                   # M_that / M_t: both can underflow
+    sigma, sigma_hat = expand_level(sigma, x), expand_level(sigma_hat, x)
     u_hat = q * dct2(x) + (sigma_hat ** 2 - q ** 2 * sigma ** 2).sqrt() * dct2(noise)       # (4)
     return idct2(u_hat)
 
 
 def evaluate(net, path, x, t):
-    alpha, sigma = path.levels(torch.as_tensor(t, dtype=torch.float64, device=x.device))
+    alpha, sigma = (v.to(x.device) for v in levels_of(path, t))
     d, r = net(x, alpha, sigma)
     return d.double(), r.double()
 
 
-def sample(net, path, latents, steps=18, colour=None, **options):
+def sample(net, path, latents, steps=None, colour=None, init=None, level=None, solver="heun",
+           **options):
     """Unit normal latents [B, C, H, W] -> images, float64, not clamped. options: see solve.
 
-    colour: where a path without noise starts, {"mean": [C], "cov": [C][C]} of the mean colours of
-    the images. Raises ValueError where such a path has none.
+    steps: 18, or 12 for multistep, which has time steps of its own. colour: where a path without
+    noise starts, {"mean": [C], "cov": [C][C]} of the mean colours of the images. init [1, C, H, W]:
+    degraded to `level`, the start instead. Raises UserError for a path that breaks its contract,
+    and ValueError for an impossible start.
     """
-    t_min, t_max = path.t_range(*latents.shape[-2:])
-    x = path.levels(t_max)[1] * latents.double()
-    if path.levels(t_max)[1] == 0:
-        if colour is None:
-            raise ValueError("a path without noise starts from a plain image: give its colour")
+    h, w = latents.shape[-2:]
+    check_path(path, h, w)
+    t_min, t_max = path.t_range(h, w)
+    t_max = t_max if level is None else level
+    alpha, sigma = levels_of(path, t_max)
+    if init is not None:
+        if init.shape != (1, *latents.shape[1:]) or not init.is_floating_point():
+            raise ValueError(f"init must be float {[1, *latents.shape[1:]]} in [-1, 1], not "
+                             f"{init.dtype} {list(init.shape)}")
+        x, _ = degrade(init.to(latents).double(), alpha, sigma, latents.double())
+    elif sigma > 0:
+        x = sigma.item() * latents.double()
+    elif colour is None:
+        raise ValueError("a path without noise starts from a plain image: give its colour")
+    else:
         x = plain_image(latents.double(), **colour)
-    return solve(net, path, x, time_steps(steps, t_min, t_max), **options)
+    steps = STEPS.get(solver, 1) if steps is None else steps
+    times = (multistep_times(steps, path, h, w, t_max) if solver == "multistep" and sigma > 0
+             else time_steps(steps, t_min, t_max))
+    return solve(net, path, x, times, solver, **options)
+
+
+def fast_solver(path):
+    """Options of generate for pictures on the way: few evaluations, and near the flow's end."""
+    solver = "heun" if isinstance(path, ColdPath) else "multistep"
+    return dict(solver=solver, steps=STEPS[solver])
 
 
 def plain_image(latents, mean, cov):
@@ -159,55 +217,32 @@ def seed_noise(seeds, shape):
                                 for g in generators])
 
 
-def walk(first, last, n):
-    """Like seed_noise, but of n places: from the noise of one seed to that of another, along the
-    great circle, so that the noise stays unit normal."""
-    def places_noise(places, shape):
-        ends = seed_noise([first, last], shape)
-
-        def draw():
-            a, b = ends()
-            angle = torch.acos((a * b).sum() / (a.norm() * b.norm()))
-            shares = [i / (n - 1) for i in places]
-            return torch.stack([(torch.sin((1 - s) * angle) * a + torch.sin(s * angle) * b)
-                                / torch.sin(angle) for s in shares])
-        return draw
-    return places_noise
+def classes_of(seeds, classes, counts=None):
+    """The class of each seed: its remainder or, where the counts of the classes are known, drawn as
+    often as they are. Multiples of the golden ratio fill [0, 1) evenly, in any range of seeds."""
+    if counts is None:
+        return [s % classes for s in seeds]
+    ends = torch.tensor(counts, dtype=torch.float64).cumsum(0)
+    place = [(s * 0x9E3779B97F4A7C15 % 2 ** 64) / 2 ** 64 for s in seeds]
+    place = torch.tensor(place, dtype=torch.float64) * ends[-1]
+    return torch.searchsorted(ends, place, right=True).clamp(max=classes - 1).tolist()
 
 
-def fast_solver(path):
-    """The solver and steps of grids and of --fid-every, as keywords of generate."""
-    if isinstance(path, ColdPath):
-        return dict(solver="heun", steps=18)
-    return dict(solver="multistep", steps=12)
-
-
-def generate(net, path, shape, seeds, device=None, batch=64, init=None, level=None, label=None,
-             steps=18, colour=None, noise_of=seed_noise, counts=None, **options):
+def generate(net, path, shape, seeds, device=None, batch=64, label=None, counts=None, **options):
     """Yields the images of the seeds, batch by batch: float64 [b, C, H, W], shape = (C, H, W), on
     the device, the net's by default.
 
-    init [1, C, H, W]: degraded to `level` and restored, instead of starting from noise. label: the
-    class of a class-conditional net; None: the seed modulo their number. options: see solve.
+    label: the class of a class-conditional net; None: that of classes_of. options: see sample.
     """
     classes, heads = getattr(net, "classes", 0), net
     device = device or next(net.parameters()).device
     for i in range(0, len(seeds), batch):
         some = seeds[i:i + batch]
-        noise = noise_of(some, shape)
-        latents = noise().to(device)
+        noise = seed_noise(some, shape)
         if classes:
-            labels = [s % classes if label is None else label for s in some]
-            if counts and label is None:
-                shares = np.cumsum(counts) / sum(counts)
-                labels = [int((shares <= s * 0.618033988749895 % 1).sum()) for s in some]
+            labels = [label] * len(some) if label is not None else classes_of(some, classes, counts)
             heads = partial(net, label=torch.tensor(labels, device=device))
-        if init is None:
-            yield sample(heads, path, latents, steps, colour, noise=noise, **options)
-        else:
-            x, _ = degrade(init.double().to(device), *path.levels(level), latents)
-            times = time_steps(steps, path.t_range(*shape[1:])[0], level)
-            yield solve(heads, path, x, times, noise=noise, **options)
+        yield sample(heads, path, noise().to(device), noise=noise, **options)
 
 
 def sampling_path(checkpoint, bnr=None, name=None):
@@ -242,20 +277,24 @@ def sampler_options(p):
     a = p.add_argument
     a("--steps", type=number(int, 1, 10000),
       help="steps; Heun evaluates the network 2 steps - 1 times, the others once a step "
-           "(default: the model's --sample-steps)")
-    a("--solver", choices=["euler", "heun", "multistep"], default="heun", help="default heun")
+           "(default: 12 for multistep, else the model's --sample-steps)")
+    a("--solver", choices=list(STEPS), default="heun",
+      help="heun with 18 steps (NFE 35) for the paper's numbers; multistep, with time steps of its "
+           "own, 9 steps for a look and 12 for results (default heun)")
     a("--path", choices=["blurring"], help="for a model of --bnr any: Hoogeboom & Salimans' path")
     a("--churn", type=number(float, 0, 1e6), default=0.,
       help="EDM's S_churn: fresh noise before each step (default 0)")
     a("--s-min", type=number(float, 0), default=0., help="churn from this level (default 0)")
     a("--s-max", type=number(float, 0), default=math.inf,
       help="churn up to this level (default inf)")
+    a("--s-noise", type=number(float, 0, 10), default=1.,
+      help="EDM's S_noise: the standard deviation of that noise (default 1)")
     a("--precision", choices=["fp32", "bf16"], default="fp32",
       help="of the network; bf16 is faster on a GPU (default fp32)")
     a("--compile", action="store_true",
       help="torch.compile the network: takes a minute or two, then faster on a GPU")
-    a("--class", dest="label", help="of a class-conditional model: the name or the number of a "
-                                    "class (default: seed modulo their number)")
+    a("--class", dest="label", help="of a class-conditional model: the name of a class, or its "
+                                    "position where no name is a number")
     add_device_option(p)
 
 
@@ -263,21 +302,24 @@ def sampler(args, net, checkpoint):
     """The sampler's options as keywords of generate, and the NFE. Raises UserError."""
     if args.solver == "multistep" and (args.churn or checkpoint["config"]["bnr"] == math.inf):
         raise UserError("--solver multistep takes no churn and no cold model: use heun or euler")
-    if (args.s_min, args.s_max) != (0, math.inf) and not args.churn:
-        raise UserError("--s-min and --s-max are the levels of --churn, which is 0")
+    if (args.s_min, args.s_max, args.s_noise) != (0, math.inf, 1) and not args.churn:
+        raise UserError("--s-min, --s-max and --s-noise belong to --churn, which is 0")
     if args.s_min > args.s_max:
         raise UserError(f"--s-min {args.s_min:g} is above --s-max {args.s_max:g}")
-    steps = args.steps or checkpoint["options"]["sample_steps"]
+    heuns = checkpoint["options"].get("sample_steps", STEPS["heun"])
+    steps = args.steps or (STEPS["multistep"] if args.solver == "multistep" else heuns)
     nfe = 2 * steps - 1 if args.solver == "heun" else steps
     options = dict(steps=steps, solver=args.solver, churn=args.churn, s_min=args.s_min,
-                   s_max=args.s_max, colour=checkpoint["config"].get("colour"))
+                   s_max=args.s_max, s_noise=args.s_noise,
+                   colour=checkpoint["config"].get("colour"))
     if args.label is not None:
         classes = checkpoint["data"]["classes"][:net.classes]
-        if args.label not in classes + [str(i) for i in range(len(classes))]:
+        positions = [] if any(c.isdecimal() for c in classes) else map(str, range(len(classes)))
+        names = classes if args.label in classes else list(positions)
+        if args.label not in names:
             raise UserError(f"--class {args.label}: the classes are {', '.join(classes)}" if classes
                             else "--class is for a model trained with --cond")
-        named = args.label in classes
-        options["label"] = classes.index(args.label) if named else int(args.label)
+        options["label"] = names.index(args.label)
     return options, nfe
 
 
@@ -297,25 +339,16 @@ def seed_list(text):
     return [seed for r in ranges for seed in r]
 
 
-def interpolation(words):
-    """A-B and N, as given -> the seeds A and B and the number N. Raises UserError."""
-    match = re.fullmatch(r"(\d{1,18})-(\d{1,18}) (\d{1,6})", " ".join(words))
-    first, last, n = map(int, match.groups()) if match else (0, 0, 0)
-    if first == last or n < 2:
-        raise UserError("--interpolate takes two different seeds and at least 2 images, like "
-                        f"3-8 10, not {' '.join(words)}")
-    return first, last, n
-
-
-def main():
+def arguments():
     p = Parser(description="Draw images from a trained model.")
     a = p.add_argument
     a("--ckpt", required=True, help="the model: ema.pt of train.py")
-    a("--seeds", type=seed_list, help="one image a seed (default 0-63, with --init 0-7)")
-    a("--interpolate", nargs=2, metavar=("A-B", "N"),
-      help="instead of --seeds: N images on the way from the noise of seed A to that of seed B")
-    a("--out", default="samples", help="folder of the PNGs, or of .npy files where the images have "
-                                       "neither 1 nor 3 channels (default samples)")
+    a("--seeds", type=seed_list, help="one image a seed (default 0-63, with --init 0-7); of a "
+                                      "class-conditional model, the seed modulo the number of "
+                                      "classes is its class, unless --class is given")
+    a("--out", default="samples",
+      help="folder of the PNGs, or of .npy files where the data are latents or have neither 1 nor "
+           "3 channels; classes.json there says the class of each (default samples)")
     only = p.add_mutually_exclusive_group().add_argument
     only("--grid", action="store_true", help="write only the grid, OUT-grid.png")
     only("--strip", action="store_true", help="write only the film strip of the first three seeds, "
@@ -331,31 +364,35 @@ def main():
         p.error("--level is for --init: the level that your own image is degraded to")
     if args.bnr and args.path:
         p.error("--bnr and --path are two ways to choose the path: give one of them")
-    if args.interpolate and (args.seeds or args.strip):
-        p.error("--interpolate has seeds of its own and no strip: leave --seeds and --strip out")
     if len(args.bnr or []) > (3 if args.strip else 1):
         p.error("--bnr takes one ratio, or with --strip up to three")
+    return p, args
+
+
+def main():
+    p, args = arguments()
     with process_group(), p.one_line_errors():
         full_float32()
         net, checkpoint = load_model(args.ckpt, args.device, args.precision, args.compile)
         options, nfe = sampler(args, net, checkpoint)
+        shape, classes = checkpoint["data"]["shape"], checkpoint["data"]["classes"]
         paths = [sampling_path(checkpoint, bnr, args.path) for bnr in args.bnr or [None]]
-        low, high = paths[0].t_range(*checkpoint["data"]["shape"][1:])
+        low, high = paths[0].t_range(*shape[1:])
         if args.level and not low < args.level <= high:
             raise UserError(f"--level {args.level:g}: must be above {low} and at most {high:g}")
+        if checkpoint["data"].get("latents") and (args.init or args.grid or args.strip):
+            raise UserError("--init, --grid and --strip are for images, and this model's data are "
+                            "latents")
         if args.init:
-            init = normalize(read_image(args.init, *checkpoint["data"]["shape"]))
+            init = normalize(read_image(args.init, *shape))
             options.update(init=init, level=args.level or 1.)
         if not args.seeds:
             alike = isinstance(paths[0], ColdPath) and (args.label or not net.classes)  # no noise
             args.seeds = range((1 if alike else 8) if args.init else 64)
-        args.prefix = ""
-        if args.interpolate:
-            first, last, n = interpolation(args.interpolate)
-            args.seeds, args.prefix = range(n), f"{first}-{last}-"
-            options["noise_of"] = walk(first, last, n)
-            if net.classes:
-                options.setdefault("label", first % net.classes)
+        if net.classes and rank() == 0:
+            one = options.get("label")
+            say(f"class {classes[one]}" if one is not None else
+                f"the classes of seeds 0, 1, ...: {', '.join(classes[:net.classes])}, in turn")
         out = args.out.rstrip("/")
         if os.path.basename(out) in ("", ".", ".."):
             out = os.path.abspath(args.out)                     # grid and strip are named after it
@@ -365,27 +402,25 @@ def main():
 
 def draw_images(args, net, paths, checkpoint, out, options, nfe):
     """One file a seed in the folder out, and a grid of the first 256. Processes share the seeds."""
-    shape, seeds = checkpoint["data"]["shape"], args.seeds[rank()::world_size()]
+    facts, seeds = checkpoint["data"], args.seeds[rank()::world_size()]
+    as_images = facts["shape"][0] in (1, 3) and not facts.get("latents")
     writable_folder(os.path.dirname(out) or ".")
     if not args.grid:
         writable_folder(out)
-        others = sum(not is_drawn_here(name, args) for name in os.listdir(out))
-        if others and rank() == 0:
-            warn(f"{out} holds {others} files of other seeds already, which stay")
     bar = progress(net, nfe * math.ceil(len(seeds) / args.batch))
     shown, done = [], 0
     try:
-        for x in generate(net, paths[0], shape, seeds, args.device, args.batch, **options):
+        for x in generate(net, paths[0], facts["shape"], seeds, args.device, args.batch, **options):
             images = to_uint8(x).cpu()
             for seed, image, state in zip(seeds[done:], images, x) if not args.grid else ():
-                if shape[0] in (1, 3):
-                    save_image(image, f"{out}/{args.prefix}{seed:06d}.png")
+                if as_images:
+                    save_image(image, f"{out}/{seed:06d}.png")
                 else:
-                    np.save(f"{out}/{args.prefix}{seed:06d}.npy", state.float().cpu().numpy())
+                    np.save(f"{out}/{seed:06d}.npy", state.float().cpu().numpy())
             shown += images[:math.ceil(256 / world_size()) - len(shown)]
             done += len(images)
     except KeyboardInterrupt:                                   # keep what is drawn
-        if shown and world_size() == 1:
+        if shown and world_size() == 1 and not facts.get("latents"):
             save_grid(torch.stack(shown), f"{out}-grid.png")
         raise
     bar.close()
@@ -393,17 +428,18 @@ def draw_images(args, net, paths, checkpoint, out, options, nfe):
         parts = [None] * world_size()
         dist.all_gather_object(parts, shown)
         shown = [image for some in zip_longest(*parts) for image in some if image is not None]
-    if rank() == 0:
+    if rank() > 0:
+        return
+    if net.classes and not args.grid:
+        one, suffix = options.get("label"), "png" if as_images else "npy"
+        labels = ((seed, seed % net.classes if one is None else one) for seed in args.seeds)
+        with atomic_write(f"{out}/classes.json", "w") as f:
+            json.dump({f"{s:06d}.{suffix}": facts["classes"][label] for s, label in labels}, f)
+    files = [] if args.grid else [f"{out}/"]
+    if not facts.get("latents"):
         save_grid(torch.stack(shown[:256]), f"{out}-grid.png")
-        files = f"{out}-grid.png" if args.grid else f"{out}/ and {out}-grid.png"
-        report(len(args.seeds), options, nfe, files)
-
-
-def is_drawn_here(name, args):
-    """Whether a file of the folder has the name of an image that is drawn now."""
-    stem, _ = os.path.splitext(name)
-    place = stem[len(args.prefix):]
-    return stem.startswith(args.prefix) and place.isdecimal() and int(place) in args.seeds
+        files.append(f"{out}-grid.png")
+    report(len(args.seeds), options, nfe, " and ".join(files))
 
 
 def draw_strip(args, net, paths, checkpoint, out, options, nfe):
