@@ -25,7 +25,7 @@ import fid
 import sample
 import train
 from data import load
-from fid import read_array, read_statistics
+from fid import read_statistics
 from model import build, load_model
 from sample import sampling_path
 from util import UserError, seed_for
@@ -287,7 +287,7 @@ def seeds_of_fuzz(folder):
     finish(command(folder / "run", folder / "a.zip", "--duration", 0.004))
     (folder / "run/ema.pt").rename(folder / "a.pt")
     return {"zip": load, "tar": load, "tgz": load, "npz": lambda f: read_statistics(Path(f)),
-            "npy": lambda f: read_array(Path(f)), "pt": load_model}
+            "npy": load, "pt": load_model}
 
 
 def mutated(good, r):
@@ -385,7 +385,7 @@ def test_what_unpacks_to_a_hundred_times_its_size_is_not_used(tmp_path, monkeypa
     with gzip.open(tmp_path / "head.tgz", "wb") as f:
         f.write(member.tobuf() + bytes(1024))
     large = np.zeros((2 ** 21, 1, 1), np.uint8)
-    np.savez_compressed(tmp_path / "a.npz", mu=np.zeros(12), sigma=np.zeros((2 ** 9, 2 ** 9)))
+    np.savez_compressed(tmp_path / "a.npz", mu=np.zeros(12), sigma=np.zeros((3000, 3000)))
     np.savez_compressed(tmp_path / "b.npz", large)
     with zipfile.ZipFile(tmp_path / "c.npz", "w", zipfile.ZIP_DEFLATED) as z, \
             pytest.warns(UserWarning, match="Duplicate"):
@@ -393,8 +393,8 @@ def test_what_unpacks_to_a_hundred_times_its_size_is_not_used(tmp_path, monkeypa
             file = io.BytesIO()
             np.save(file, array)
             z.writestr("arr_0.npy", file.getvalue())
-    for read, name in ((load, "a.zip"), (load, "a.tar"), (load, "head.tgz"), (read_array, "c.npz"),
-                       (read_statistics, "a.npz"), (read_array, "b.npz")):
+    for read, name in ((load, "a.zip"), (load, "a.tar"), (load, "head.tgz"), (load, "c.npz"),
+                       (read_statistics, "a.npz"), (load, "b.npz")):
         with pytest.raises(UserError, match="unpacks to"):
             read(str(tmp_path / name) if read is load else tmp_path / name)
 
