@@ -113,8 +113,8 @@ def test_a_run_with_parts_of_ones_own_resumes(tmp_path):
 @pytest.mark.parametrize("channels, scale", [(3, 127.5), (1, 127.5), (4, 1)])
 def test_a_tensor_of_images(tmp_path, channels, scale):
     images = noise_images(channels)
-    if scale == 1:                                              # latents
-        images.images = 3 * torch.randn(20, channels, 8, 8)
+    if scale == 1:
+        images = Images(3 * torch.randn(20, channels, 8, 8), name="noise", latents=True)
     ema = train.train(options(tmp_path), images)
     x = four_samples(ema, degrade.ConstantBNR(0.5), channels)
     net, checkpoint = load_model(tmp_path / "ema.pt")
