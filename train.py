@@ -220,7 +220,8 @@ def loop(args, run, data, path, net, ema, optimizer, seen, signals):
     if rank() == 0:
         with shown(signals):
             header(args, run, data, net, seen, bf16)
-    bar = tqdm(total=total, initial=seen, unit="img", unit_scale=True, disable=rank() > 0)
+    bar = tqdm(total=total, initial=seen, unit="img", unit_scale=True, disable=rank() > 0,
+               delay=0.1)                   # it writes nothing before the first step
     history, since, stopping = [], time.time(), False
     while seen < total and not stopping:
         for group in optimizer.param_groups:                    # a linear warm-up, then constant
@@ -346,8 +347,8 @@ def kimg_name(args, seen):
 
 def crossed(args, seen, *intervals):
     """Whether the last batch passed a multiple of one of the intervals, in kimg. 0 has none."""
-    images = [round(k * 1000, 6) for k in intervals]            # 4.03 * 1000 is above 4030
-    return any(n and seen // n > (seen - args.batch) // n for n in images)
+    images = [max(1, round(k * 1000, 6)) for k in intervals if k]               # 4.03 * 1000 > 4030
+    return any(seen // n > (seen - args.batch) // n for n in images)
 
 
 # The parts of a run

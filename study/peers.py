@@ -24,8 +24,8 @@ from data import load
 from degrade import ConstantBNR, blur, dct2, frequencies, idct2
 from fid import frechet_distance
 from inception import InceptionV3, load_inception
-from model import Denoiser, build, load_model
-from sample import sample, sampling_path, seed_noise, solve, time_steps
+from model import Denoiser, load_model
+from sample import sample, sampling_path, seed_noise, time_steps
 from train import options as train_options
 from train import train
 from util import Parser, UserError, full_float32, number
