@@ -560,7 +560,9 @@ def restore(out, state, run, net, ema, optimizer):
                 if (v.shape, v.layout) != (like.shape, torch.strided):
                     raise ValueError("the optimizer's moments do not have the weights' shapes")
                 moments[k] = torch.empty_like(like, device=v.device).copy_(v)   # the same strides
-        return int(state["seen"]) // 1
+        if type(state["seen"]) is not int or state["seen"] < 0:
+            raise TypeError("the number of images seen is not a number")
+        return state["seen"]
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"{out}/state.pt does not fit this network: {reason}") from None
