@@ -1,6 +1,10 @@
 """What is done for speed leaves the results alone: channels last, compilation and bf16 beside the
 plain fp32 network."""
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +64,31 @@ def test_fast_ways_give_the_plain_networks_answers(how, tolerance):
     errors = [relative(a, b) for a, b in zip(fast, plain)] + [relative(fast_grad, plain_grad)]
     assert max(errors) < tolerance, errors
     assert how != "bf16" or max(errors) > 1e-4, errors          # bf16 was really used
+
+
+WITHOUT_A_COMPILER = """
+import torch
+from util import UserError, compile_or_warn
+net = torch.nn.Linear(3, 3)
+for asked in (None, True):
+    try:
+        compile_or_warn(net, asked)
+        print(list(net(torch.ones(2, 3)).shape))
+    except UserError as e:
+        print(e)
+"""
+
+
+def test_without_a_compiler_compiling_is_a_wish_and_asked_for_one_line(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "CXX"}
+    env.update(PATH=str(tmp_path), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
+               PYTHONPATH=str(Path(__file__).parent.parent))
+    done = subprocess.run([sys.executable, "-c", WITHOUT_A_COMPILER], env=env, text=True,
+                          capture_output=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("not compiled, so slower: torch.compile does not work here (")
+    eager, refused = done.stdout.splitlines()
+    assert eager == "[2, 3]" and "leave --compile out, or install a C++ compiler" in refused
 
 
 def test_sampling_in_bf16_is_near_and_keeps_its_state_in_float64(tmp_path):
