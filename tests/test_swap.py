@@ -140,7 +140,8 @@ def test_the_readmes_code_runs_as_it_stands(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
                           text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run-swap/ema.pt").exists() and len(block) <= 20
+    assert (tmp_path / "run-swap/ema.pt").exists()
+    assert len(block) <= 24                 # 20 of the parts, 4 to save and go on
 
 
 def test_a_network_may_have_frozen_and_unused_parameters(tmp_path):
