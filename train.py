@@ -363,11 +363,12 @@ def parts(args, data, path, net):
                         + (f": {data.no_classes}" if data.no_classes else ""))
     if args.bnr == math.inf and args.param == "noise":
         raise UserError("--param noise needs noise to predict, and --bnr inf has none")
+    if net and not any(p.requires_grad for p in net.parameters()):
+        raise UserError("every parameter of the network is frozen, as load_model leaves them: "
+                        "net.requires_grad_(True)")
     if net and net.classes != classes:
         raise UserError(f"the network has {net.classes} classes and the run {classes}: a network's "
                         "attribute `classes` and --cond go together")
-    if net and not any(p.requires_grad for p in net.parameters()):
-        net.requires_grad_(True)                                # as load_model leaves it
     name, path = type(path).__name__ if path else args.path, path or make_path(args.bnr, args.path)
     sampling = sampled_along(path)
     check_path(sampling, h, w)

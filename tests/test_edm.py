@@ -4,7 +4,6 @@ edm-tiny-*.pkl were written by EDM's own classes and filled with random numbers;
 what those classes answer."""
 import io
 import json
-import math
 import os
 import pickle
 import sys
