@@ -289,6 +289,22 @@ def test_the_first_checkpoint_on_a_full_disk_leaves_nothing_half(tmp_path, image
     assert (out / "state.pt").stat().st_size > 300_000
 
 
+@pytest.mark.parametrize("full", [1, 2])
+def test_checkpoints_are_saved_together_or_not_at_all(tmp_path, monkeypatch, capsys, full):
+    calls = []
+
+    def fsync(file):
+        calls.append(file)
+        if len(calls) == full:
+            raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", fsync)
+    files = {tmp_path / "a.pt": {"x": 1}, tmp_path / "b.pt": {"x": 2}}
+    assert not util.save_checkpoints(files) and not list(tmp_path.iterdir())
+    printed = capsys.readouterr().err
+    assert "could not be saved (No space left on device)" in printed and "previous" not in printed
+    assert util.save_checkpoints(files) and all(name.exists() for name in files)
+
+
 def test_what_is_no_file_is_not_replaced_and_a_link_stays(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name in ("/dev/full", tmp_path / "pipe"):
