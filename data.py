@@ -1,22 +1,22 @@
-"""Data sets as tensors, and EDM's non-leaky augmentation.
+"""Data sets as tensors, the batches of training, and EDM's non-leaky augmentation.
 
-    python data.py                     # draws a grid of the default data set, dead leaves: data.png
-    python data.py --data cifar10      # or of CIFAR-10, or of a folder, zip or tar of images
+    python -c "import data; print(data.load('my-images/').facts())"
+
+What is read, and what a class is, format by format: docs/data.md.
 """
-import bz2
 import contextlib
-import gzip
 import hashlib
 import io
 import json
-import lzma
 import math
 import os
+import re
+import secrets
 import tarfile
 import zipfile
-import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -28,76 +28,122 @@ from PIL import Image
 from tqdm import tqdm
 
 from degrade import dct2, idct2
-from util import (Parser, UserError, atomic_write, crop_and_resize, fetch, normalize, number,
-                  open_upright, refuse_special, remove_parts, save_grid, say, seed_for, to_uint8,
-                  warn)
+from util import (UserError, atomic_write, crop_and_resize, fetch, open_upright, or_a_warning,
+                  refuse_special, remove_parts, restricted_unpickle, seed_for, warn)
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-TAR_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}     # Pillow's formats
+EXTENSIONS = {e for e, f in Image.registered_extensions().items() if f not in NO_PICTURES}
+LEFTOVERS = {"__macosx", "@eadir", "@__thumb", "#recycle", "@recycle", "$recycle.bin", "thumbs.db",
+             "desktop.ini", "lost+found", "__pycache__"}        # and what begins with a dot
+LABELS = re.compile(r"(^|/)(dataset\.json|metadata\.(csv|jsonl|parquet)|[^/]+\.cls)$")
+CIFAR10_BATCH = re.compile(r"(^|/)data_batch_[1-5](\.bin)?$")
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
 UNPACK_LIMIT = 2 ** 29                          # bytes that every archive may unpack to
 KEEP_FROM = 2 ** 24                             # bytes of decoded images that are worth a file
-NPY_HEADER = 128                                # its length in bytes
-VERSION = 1                                     # of how images are decoded
+VERSION = 2                                     # of how images are decoded
 
 
 @dataclass
 class Images:
-    """A data set. facts() and colour() describe uint8 images as normalize() makes them, in [-1, 1],
-    and float images, latents for example, as they are."""
-    images: torch.Tensor                        # [N, C, H, W], uint8 or float
-    labels: torch.Tensor                        # int64 [N], indices into classes
-    classes: list                               # the names of the classes
-    name: str
-    skipped: list = field(default_factory=list)                 # names of the unreadable files
+    """A data set, checked as it enters: UserError says what is wrong with it. facts() and colour()
+    describe uint8 images as normalize() makes them, in [-1, 1], and latents as they are."""
+    images: torch.Tensor                        # [N, C, H, W], uint8; latents: finite floats
+    labels: torch.Tensor = None                 # int64 [N], indices into classes; None: all are 0
+    classes: tuple = ("all",)                   # the names of the classes
+    name: str = "mine"
+    skipped: tuple = ()                         # names of the unreadable files
+    latents: bool = False                       # the images are floats, meant as they are
+    no_classes: str = ""                        # why there is one class only, for --cond
+
+    def __post_init__(self):
+        self.name, self.classes = str(self.name), [str(c) for c in self.classes]
+        x, shape = self.images, list(self.images.shape)
+        if not isinstance(x, torch.Tensor) or x.ndim != 4 or 0 in shape or not (
+                x.is_floating_point() and all(part.isfinite().all() for part in x.split(256))
+                if self.latents else x.dtype == torch.uint8):
+            raise UserError(f"{self.name}: images must be a uint8 tensor [N, C, H, W], or finite "
+                            "floats, which latents=True takes as they are; these are "
+                            f"{x.dtype} {shape} with latents={self.latents}")
+        y = self.labels = torch.zeros(len(x), dtype=torch.long) if self.labels is None \
+            else self.labels
+        if not isinstance(y, torch.Tensor) or y.dtype != torch.long or y.shape != (len(x),) \
+                or y.min() < 0 or y.max() >= len(self.classes) \
+                or len(set(self.classes)) < len(self.classes):
+            raise UserError(f"{self.name}: labels must be an int64 tensor [{len(x)}] of places in "
+                            f"the {len(self.classes)} classes, which have different names")
 
     def facts(self):
         """What a checkpoint stores about its data, as plain types. mean and std: per channel."""
         n, c, h, w = self.images.shape
-        moments = [mean_and_std(self.images[:, i]) for i in range(c)]
-        # the last digits differ between machines
-        mean, std = ([round(v.item(), 9) for v in values] for values in zip(*moments))
-        return {"name": self.name, "count": n, "shape": [c, h, w], "classes": list(self.classes),
-                "skipped": len(self.skipped), "mean": mean, "std": std}
+        digest, total, squares = hashlib.sha256(), 0, 0
+        for part in self.images.split(256):                     # a whole float copy may not fit
+            digest.update(part.contiguous().view(torch.uint8).numpy())
+            x = part.double()
+            total, squares = total + x.sum((0, 2, 3)), squares + x.square().sum((0, 2, 3))
+        digest.update(self.labels.contiguous().numpy())
+        mean, unit = total / (n * h * w), 1 if self.latents else 127.5
+        std = (squares / (n * h * w) - mean ** 2).clamp(min=0).sqrt() / unit
+        mean = mean if self.latents else mean / unit - 1
+        return {"name": self.name, "count": n, "shape": [c, h, w], "classes": self.classes,
+                "counts": self.labels.bincount(minlength=len(self.classes)).tolist(),
+                "skipped": len(self.skipped), "latents": self.latents,
+                "digest": digest.hexdigest()[:16],              # the last digits of the others
+                "mean": [round(v, 9) for v in mean.tolist()],   # differ between machines
+                "std": [round(v, 9) for v in std.tolist()]}
 
     def colour(self):
         """The Gaussian of the images' mean colours, as lists: {"mean": [C], "cov": [C][C]}."""
         n, c, h, w = self.images.shape
         parts = self.images.split(256)                          # a whole float copy may not fit
         colours = torch.cat([p.sum((2, 3), dtype=torch.float64) for p in parts]) / (h * w)
-        if self.images.dtype == torch.uint8:
+        if not self.latents:
             colours = colours / 127.5 - 1
         cov = colours.T.cov(correction=0).reshape(c, c)
         return {"mean": colours.mean(0).tolist(), "cov": cov.tolist()}
 
 
-def mean_and_std(channel):
-    """Of one channel [N, H, W] in the scale of normalize(): two 0-d float64 tensors."""
-    if channel.dtype != torch.uint8:
-        return channel.double().mean(), channel.double().std(unbiased=False)
-    # a histogram is exact and needs no float copy of the data
-    parts = channel.split(256)
-    counts = sum(torch.bincount(part.flatten(), minlength=256) for part in parts)
-    p = counts.double() / channel.numel()
-    value = normalize(torch.arange(256, dtype=torch.uint8)).double()
-    mean = (p * value).sum()
-    return mean, (p * (value - mean) ** 2).sum().sqrt()
-
-
-def load(spec, resolution=None, folder="data"):
+def load(spec, resolution=None, folder="data", keep=True):
     """The data set that spec names, as uint8 Images. Raises UserError.
 
-    spec: "leaves" (made here), "cifar10" (the 50,000 training images, fetched once into folder), or
-    the path of a folder, zip or tar of images; their parent folders are the classes.
+    spec: "leaves" (made here), "cifar10" (the 50,000 training images, fetched once into folder),
+    the path of a folder, zip, tar or .npy of images, or "a.npz:x" for the array x in a.npz.
     resolution: centre-crop and resize to this many pixels a side; None: keep the size.
+    keep: many images are decoded once, kept in folder until their files change, and mapped into
+    memory: the processes of a machine share them, and only what is used has to fit.
     """
+    if spec in ("leaves", "cifar10") and Path(spec).exists():
+        raise UserError(f"{spec} is a built-in set, and there is a {spec} here: give ./{spec} for "
+                        "that one, or rename it to have the built-in set")
     if spec == "leaves":
         return load_leaves(resolution or 16, folder)
+    file, colon, array = str(spec).partition(".npz:")
+    path = Path(f"{file}.npz" if colon else spec)
     if spec == "cifar10":
-        return load_cifar10(resolution, folder)
-    return load_files(Path(spec), resolution, folder)
+        path = fetch(CIFAR10_URL, Path(folder) / "cifar-10-binary.tar.gz", "md5", CIFAR10_MD5)
+    refuse_special(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give leaves, cifar10, or a folder, zip, tar, .npy "
+                        "or .npz of images")
+    if path.is_file() and is_image(path.name):
+        raise UserError(f"{path} is one image: give the folder that contains it")
+    paths = folder_files(path) if path.is_dir() else {"": path}
+    key = VERSION, array, resolution, [(n, stamp(p)) for n, p in paths.items() if not hidden(n)]
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+    kept = Path(folder, f"images-{path.resolve().stem}-{digest}.npy")
+    try:
+        images = np.load(kept, mmap_mode="c", allow_pickle=False)
+        found = json.loads(kept.with_suffix(".json").read_text())
+    except (OSError, ValueError, EOFError):                     # the first time
+        images, found = decode_all(path, paths, array, resolution, kept if keep else None)
+    for line in found["said"]:
+        warn(f"{path}: {line}")
+    images = torch.from_numpy(images.reshape(-1)[:math.prod(found["shape"])])
+    return Images(images.reshape(found["shape"]), torch.tensor(found["labels"]), found["classes"],
+                  "cifar10" if spec == "cifar10" else found["name"], found["skipped"],
+                  no_classes=found["no_classes"])
 
 
 # Batches
@@ -196,7 +242,7 @@ def warp(x, theta):
     return idct2(dct2(fine)[..., :h, :w]) / 2                   # [B, C, H, W]
 
 
-# Dead leaves and CIFAR-10
+# Dead leaves
 
 def leaves(n, resolution=16, seed=0, discs=96):
     """The dead-leaves model of natural scenes: uint8 [n, 3, resolution, resolution].
@@ -229,112 +275,104 @@ def leaves(n, resolution=16, seed=0, discs=96):
 def load_leaves(resolution, folder, n=16384):
     """n dead leaves, made once and then read from the folder."""
     path = Path(folder) / f"leaves-{resolution}.npy"
-    try:
-        images = torch.from_numpy(np.load(path, allow_pickle=False))
-        if images.dtype != torch.uint8 or images.shape != (n, 3, resolution, resolution):
-            raise ValueError
-    except (OSError, ValueError, TypeError, EOFError):          # the file is missing or damaged
-        images = leaves(n, resolution)
+    with contextlib.suppress(OSError, ValueError, EOFError):    # it is missing or incomplete
+        return Images(torch.from_numpy(np.load(path, allow_pickle=False)), name="leaves")
+    images = leaves(n, resolution)
+    with or_a_warning(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as f:
             np.save(f, images.numpy())
-    return Images(images, torch.zeros(n, dtype=torch.long), ["leaves"], "leaves")
+    return Images(images, name="leaves")
 
 
-def load_cifar10(resolution, folder):
-    path = fetch(CIFAR10_URL, Path(folder) / "cifar-10-binary.tar.gz", "md5", CIFAR10_MD5)
-    with tarfile.open(path) as tar:
-        batches = [f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)]
-        raw = b"".join(tar.extractfile(name).read() for name in batches)
-    records = np.frombuffer(raw, np.uint8).reshape(-1, 1 + 3072)                # a label, then RGB
-    labels, images = records[:, 0].astype(np.int64), records[:, 1:].reshape(-1, 3, 32, 32)
-    if resolution not in (None, 32):
-        rgb = (Image.fromarray(i) for i in tqdm(images.transpose(0, 2, 3, 1), "resizing"))
-        resized = [np.asarray(crop_and_resize(i, resolution, resolution)) for i in rgb]
-        images = np.stack(resized).transpose(0, 3, 1, 2)
-    return Images(torch.from_numpy(images.copy()), torch.from_numpy(labels), CIFAR10_CLASSES,
-                  "cifar10")
+# From files to images
 
-
-# Folders and archives of images. Archives may be hostile: they are read, never unpacked to disk.
-
-def load_files(path, resolution, folder):
-    """A folder, zip or tar as Images. A file that cannot be read is skipped and named on stderr.
-
-    Many images are decoded once, kept in folder until their files change, and mapped into memory:
-    the processes of a machine share them, and only what is used has to fit.
-    """
+def decode_all(path, paths, array, resolution, kept):
+    """An array that begins with the images that path holds, sorted by name, and what is known of
+    them, for JSON. From KEEP_FROM bytes on they are in the file `kept`."""
     with readable(path):
-        key = repr((VERSION, fingerprint(path), resolution)).encode()
-    digest = hashlib.sha256(key).hexdigest()[:12]
-    kept = Path(folder, f"images-{path.stem}-{digest}.npy")
+        name, names, members, class_of, left = (
+            array_source(path, array) if path.suffix in (".npy", ".npz") else
+            file_source(path, paths))
+        labels, classes, no_classes = classified(names, class_of)
+    said = [f"not read: {left}"] if left else []
+    images, shape, notes = decode_files(names, members, resolution, kept, 16)
+    if not notes:
+        raise UserError(f"{path} contains no image that can be read" + (left and f" ({left})"))
+    deep, rough = (max(note.get(key, 0) for note in notes.values()) for key in ("deep", "rough"))
+    if 0 < deep < 2 ** 15:                                      # 12 bits in 16, for example
+        bits = max(8, deep.bit_length())
+        said.append(f"its 16-bit images use 1/{2 ** (16 - bits)} of their range: they are read as "
+                    f"{bits}-bit ones")
+        images, shape, notes = decode_files(names, members, resolution, kept, bits)
+    if 0 < rough < 2 ** 7:
+        said.append("its 16-bit colour images are dark, for they use a part of their range: "
+                    "convert them to 8 bits")
+    if stacks := [n for n in names if n in notes and notes[n].get("stack")]:
+        said.append(f"only the first page is read of {len(stacks)} with several, as {stacks[0]}")
+    if skipped := [n for n in names if n not in notes]:
+        said.append(f"{len(skipped)} of {len(names)} images skipped")
+    labels = [label for label, n in zip(labels, names) if n in notes]
+    found = {"name": name, "shape": shape, "labels": labels, "classes": classes,
+             "no_classes": no_classes, "skipped": skipped, "said": said}
+    if isinstance(images, np.memmap):
+        with atomic_write(kept.with_suffix(".json"), "w") as f:
+            json.dump(found, f)
+    return images, found
+
+
+def decode_files(names, members, resolution, kept, bits):
+    """-> that array, the shape of its images, and {name: facts} of those that could be read; the
+    others are named on stderr. bits: the depth of 16-bit images."""
+    places, images, notes = {name: i for i, name in enumerate(names)}, None, {}
+    part = kept and kept.with_name(f"{kept.name}.{secrets.token_hex(4)}.part")
     try:
-        images = np.load(kept, mmap_mode="c", allow_pickle=False)
-        parents, skipped = json.loads(kept.with_suffix(".json").read_text())
-    except (OSError, ValueError, EOFError):                     # the first time
-        try:
-            images, parents, skipped = decode_files(path, resolution, kept)
-        except ColourAfterGrey:
-            images, parents, skipped = decode_files(path, resolution, kept, channels=3)
-    if skipped:
-        warn(f"{path}: {len(skipped)} of {len(skipped) + len(parents)} images skipped")
-    classes = sorted(set(parents))
-    places = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([places[parent] for parent in parents])
-    return Images(torch.from_numpy(images), labels, classes, path.name, skipped)
-
-
-class ColourAfterGrey(Exception):
-    """Among RGB images grey becomes RGB, and those before were written as grey."""
-
-
-def decode_files(path, resolution, kept, channels=None):
-    """The images, uint8 [N, C, H, W], the folder of each and the names of the skipped files. From
-    KEEP_FROM bytes on they are written to the file `kept`, and the rest beside it."""
-    parents, skipped, shape, limit = [], [], None, KEEP_FROM
-    file = memory = io.BytesIO(bytes(NPY_HEADER))
-    file.seek(0, io.SEEK_END)
-    with contextlib.ExitStack() as stack:
-        for name, image in decoded(path, resolution):
+        for name, image in decoded(names, members, resolution, bits):
             if isinstance(image, Exception):
                 warn(f"skipped {name}: {image}")
-                skipped.append(name)
                 continue
-            image = np.atleast_3d(image).transpose(2, 0, 1)     # [1 or 3, H, W]
-            shape = shape or (channels or len(image), *image.shape[1:])
-            if image.shape[1:] != shape[1:]:
+            image, notes[name] = image
+            images = room((len(names), 3, *image.shape[1:]), part) if images is None else images
+            if image.shape[1:] != images.shape[2:]:
                 raise UserError(f"{name} and the first image have different sizes: give a "
                                 "resolution to crop and resize them to")
-            if len(image) > shape[0]:
-                raise ColourAfterGrey
-            file.write(np.broadcast_to(image, shape).tobytes())
-            parents.append(PurePosixPath(name).parent.name)
-            if file is memory and file.tell() > limit:
-                try:
-                    kept.parent.mkdir(parents=True, exist_ok=True)
-                    remove_parts(kept.parent, age=86400)        # another program may be at its own
-                    file = stack.enter_context(atomic_write(kept))
-                    file.write(memory.getbuffer())
-                except OSError as e:
-                    warn(f"the decoded images cannot be kept in {kept.parent} ({e.strerror})")
-                    limit = math.inf
-        if not parents:
-            raise UserError(f"{path} contains no readable image ({', '.join(sorted(EXTENSIONS))})")
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(parents), *shape)}
-        file.seek(0)                                            # known only now; NumPy's version 1
-        file.write(b"\x93NUMPY\1\0" + (NPY_HEADER - 10).to_bytes(2, "little"))
-        file.write(f"{str(header):{NPY_HEADER - 11}}\n".encode())
-    if file is memory:
-        images = np.frombuffer(memory.getbuffer(), np.uint8, offset=NPY_HEADER)
-        return images.reshape(header["shape"]), parents, skipped
-    with atomic_write(kept.with_suffix(".json"), "w") as f:
-        json.dump([parents, skipped], f)
-    return np.load(kept, mmap_mode="c"), parents, skipped
+            images[places[name]] = image                        # grey as three equal channels
+        if not notes:
+            return None, None, {}
+        shape = [len(notes), max(note["channels"] for note in notes.values()), *images.shape[2:]]
+        if shape[:2] != [len(names), 3]:                        # close the gaps
+            flat, size = images.reshape(-1), math.prod(shape[1:])
+            for i, name in enumerate(name for name in names if name in notes):
+                flat[i * size:(i + 1) * size] = images[places[name], :shape[1]].reshape(-1)
+        if isinstance(images, np.memmap):
+            images.flush()
+            os.replace(part, kept)
+            images = np.load(kept, mmap_mode="c")
+        return images, shape, notes
+    finally:
+        with contextlib.suppress(OSError, TypeError):           # it is renamed, or never was
+            os.remove(part)
 
 
-def decoded(path, resolution):
-    """Yields the name of each image file with its image, or with the exception that it raised.
-    Files are read in order, and decoded on all cores."""
+def room(shape, part):
+    """Space for images: in the file part, from KEEP_FROM bytes on, or else in memory."""
+    if part and math.prod(shape) >= KEEP_FROM:
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            remove_parts(part.parent, age=86400)                # another program may be at its own
+            array = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
+            if hasattr(os, "posix_fallocate"):                  # else a full disk ends the process
+                with open(part, "r+b") as f:
+                    os.posix_fallocate(f.fileno(), 0, os.path.getsize(part))
+            return array
+        except OSError as e:
+            warn(f"the decoded images cannot be kept in {part.parent} ({e.strerror})")
+    return np.empty(shape, np.uint8)
+
+
+def decoded(names, members, resolution, bits):
+    """Yields each of the names with what decode returns, or with the exception that it raised.
+    Files are read in the order of members(), and decoded on all cores."""
     def attempt(f, *args):
         try:
             return f(*args)
@@ -342,138 +380,227 @@ def decoded(path, resolution):
             return e
 
     def image(data):
-        return data if isinstance(data, Exception) else attempt(decode, data, resolution)
-    cores = os.cpu_count() or 1
-    with readable(path), ThreadPoolExecutor(cores) as pool:
-        files = tqdm(image_files(path), "decoding", unit=" images")
-        pairs = ((name, attempt(read)) for name, read in files)
-        while some := list(islice(pairs, 4 * cores)):
-            names, data = zip(*some)
-            yield from zip(names, pool.map(image, data))
+        return data if isinstance(data, Exception) else attempt(decode, data, resolution, bits)
+    wanted, cores = set(names), os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool, tqdm(total=len(names), desc="decoding") as bar:
+        pairs = ((name, attempt(read)) for name, read in members() if name in wanted)
+        while some := list(islice(pairs, 16 * cores)):
+            yield from zip([name for name, _ in some], pool.map(image, [data for _, data in some]))
+            bar.update(len(some))
 
 
-def decode(data, resolution):
-    """The bytes of an image file -> uint8 [H, W] (grey) or [H, W, 3]. resolution: as for load."""
-    image = open_upright(io.BytesIO(data))
-    return np.array(crop_and_resize(image, resolution, resolution) if resolution else image)
+def decode(data, resolution, bits):
+    """An image, the bytes of a file or an array -> uint8 [1 or 3, H, W], and facts about it."""
+    image = Image.fromarray(data) if isinstance(data, np.ndarray) \
+        else open_upright(io.BytesIO(data), bits)
+    facts = {**image.info, "channels": len(image.getbands())}
+    image = crop_and_resize(image, resolution, resolution) if resolution else image
+    return np.atleast_3d(np.array(image)).transpose(2, 0, 1), facts
 
 
-@contextlib.contextmanager
-def readable(path):
-    """Within, what a damaged folder or archive raises becomes a UserError."""
-    try:
-        yield
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, OSError, EOFError,
-            ValueError, NotImplementedError) as e:
-        raise UserError(f"{path} is not a folder, zip or tar that can be read "
-                        f"({type(e).__name__})") from None
+# What a path holds: its name; the names of its images, sorted; a function that yields pairs of a
+# name and a function that reads the file; a function that returns the classes; what is not read
 
-
-def image_files(path):
-    """Pairs of a name, folders included, and a function that returns the bytes. For a tar this is
-    an iterator, and each function works until the next pair; else a list. path: pathlib.Path.
-
-    Raises UserError, and the errors that readable catches.
-    """
-    if path.is_dir():
-        found = folder_images(path)
-        # the class of an image that lies directly in the folder is the folder
-        roots = [path.parent if f.parent == path else path for f, _ in found]
-        return [(f.relative_to(root).as_posix(), read) for (f, read), root in zip(found, roots)]
-    refuse_special(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give leaves, cifar10, or a folder, zip or tar of "
-                        "images")
-    if is_image(path.name):
-        raise UserError(f"{path} is one image: give the folder that contains it")
-    return zip_images(path) if zipfile.is_zipfile(path) else tar_images(path)
-
-
-def folder_images(path):
-    """Pairs as those of image_files, sorted. Links are followed, into each folder once. What cannot
-    be read is among the pairs, too, so that it is named like any other file."""
-    found, seen = {}, set()
-
-    def refuse(file, reason):
-        def read():
-            raise ValueError(reason)
-        found[Path(file)] = read
-
-    def read_file(file):
-        refuse_special(file)
-        return file.read_bytes()
-    for folder, subfolders, names in os.walk(
-            path, followlinks=True, onerror=lambda e: refuse(e.filename, e.strerror)):
-        real = os.path.realpath(folder)
-        if real in seen:
-            refuse(folder, "a link to a folder that is read already")
-            subfolders.clear()
+def file_source(path, paths):
+    names, texts, left = set(), {}, Counter()
+    for name, read in members_of(path, paths):
+        if hidden(name):
+            left["hidden or of a file manager"] += 1
+        elif LABELS.search(name) or CIFAR10_BATCH.search(name):
+            texts[name] = read()
+        elif is_image(name):
+            names.add(name)
         else:
-            found.update((Path(folder, name), None) for name in names if is_image(name))
-        seen.add(real)
-        subfolders.sort()
-    return [(f, found[f] or partial(read_file, f)) for f in sorted(found)]
+            left[PurePosixPath(name).suffix.lower() or "without an extension"] += 1
+    left, name = ", ".join(f"{n} {kind}" for kind, n in left.most_common(8)), path.resolve().name
+    if batches := sorted(n for n in texts if CIFAR10_BATCH.search(n)):
+        binary = [n for n in batches if n.endswith(".bin")]
+        records = np.concatenate([cifar10_records(texts[n]) for n in binary or batches])
+        images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        return name, *rows(images), lambda _: [CIFAR10_CLASSES[i] for i in records[:, 0]], ""
+    members, classes = partial(members_of, path, paths), partial(file_classes, texts)
+    return name, sorted(names), members, classes, left
 
 
-def fingerprint(path):
-    """The names, sizes and times of the files that image_files reads. path: pathlib.Path."""
-    def facts(file):
-        with contextlib.suppress(OSError):
-            return file.stat().st_size, file.stat().st_mtime_ns
+def array_source(path, chosen):
+    """A .npy, or of an .npz the array that is chosen, or else its only images."""
+    loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+    if path.suffix == ".npz":
+        bounded(path, sum(info.file_size for info in loaded.zip.infolist()))
+    arrays = {"": loaded} if path.suffix == ".npy" else {k: loaded[k] for k in loaded.files}
+    found = {k: pictures(a) for k, a in arrays.items() if pictures(a) is not None}
+    chosen = chosen or (list(found)[0] if len(found) == 1 else None)
+    if chosen not in found:
+        held = ", ".join(f"{k} {a.dtype} {list(a.shape)}".lstrip() for k, a in arrays.items())
+        remedy = f"give one, as {path}:{min(found)}" if found else \
+            "images are uint8 [N, H, W], or [N, H, W, C] of 1 or 3 channels"
+        raise UserError(f"{path} holds {held}: {remedy}")
+    return (f"{path.name}:{chosen}".rstrip(":"), *rows(found[chosen]),
+            lambda _: array_classes(chosen, arrays), "")
+
+
+def pictures(a):
+    """Images [N, H, W], [N, H, W, C] or [N, C, H, W] -> [N, H, W] or [N, H, W, 3]; else None."""
+    if a.dtype != np.uint8 or a.ndim not in (3, 4) or 0 in a.shape:
+        return None
+    if a.ndim == 3:
+        return a if a.shape[2] > 4 else None                    # else it is one image
+    if a.shape[3] not in (1, 3):
+        a = a.transpose(0, 2, 3, 1)
+    return {1: a[..., 0], 3: a}.get(a.shape[3])
+
+
+def rows(images):
+    names = [f"{i:09d}" for i in range(len(images))]
+    return names, lambda: zip(names, (partial(images.__getitem__, i) for i in range(len(images))))
+
+
+def cifar10_records(batch):
+    """A file of CIFAR-10, binary or Python's -> uint8 [N, 1 + 3072]: a label, then RGB."""
+    if batch[0] < 10:                                           # a label; pickles begin otherwise
+        return np.frombuffer(batch, np.uint8).reshape(-1, 1 + 3072)
+    found = restricted_unpickle(batch, PICKLED)
+    labels, pixels = (found[key] if key in found else found[key.encode()]
+                      for key in ("labels", "data"))
+    return np.c_[labels, np.frombuffer(pixels[-1], np.uint8).reshape(-1, 3072)].astype(np.uint8)
+
+
+class Stored(list):
+    """What stands for NumPy's types in a pickle. The state of an array ends with its bytes."""
+    __setstate__ = list.extend
+
+
+PICKLED = dict.fromkeys([("numpy.core.multiarray", "_reconstruct"), ("numpy", "dtype"),
+                         ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray")],
+                        lambda *args: Stored())
+PICKLED["_codecs", "encode"] = lambda text, code: text.encode("latin1")
+
+
+# What a class is
+
+def classified(names, class_of):
+    """The label of each image, the names of the classes, and "". Or why there are no classes."""
+    try:
+        values = [v.index(1) if type(v) is list and v.count(1) == 1 == len(v) - v.count(0) else v
+                  for v in class_of(names)]                     # one-hot labels
+        if {type(v) for v in values} not in ({int}, {str}):
+            raise ValueError("its labels are neither whole numbers nor one-hot nor names")
+    except ValueError as e:
+        return [0] * len(names), ["all"], str(e)
+    classes = sorted(set(values))
+    places = {value: i for i, value in enumerate(classes)}
+    return [places[v] for v in values], classes, ""
+
+
+def array_classes(chosen, arrays):
+    """The labels of the images of this name: the other array of as many, and of the same split."""
+    n = len(arrays[chosen])
+    found = {k: a for k, a in arrays.items() if a.ndim in (1, 2) and len(a) == n
+             and split_words(k) == split_words(chosen)}
+    if len(found) != 1:
+        raise ValueError(f"{' and '.join(found) or 'no array'} could be its labels")
+    labels, = found.values()
+    return labels.ravel().tolist() if labels.size == n else labels.tolist()
+
+
+def file_classes(texts, names):
+    """From a table, from WebDataset's .cls files, or the first folder in which the paths differ."""
+    if tables := [n for n in texts if n.endswith("dataset.json")]:
+        return table_classes(texts, names, tables)
+    if any(n.endswith(".cls") for n in texts):
+        marks = [re.sub(r"\.[^/]*$", ".cls", n) for n in names]
+        return [int(texts[mark]) if mark in texts else None for mark in marks]
+    folders = [PurePosixPath(n).parts[:-1] for n in names]
+    depth = len(os.path.commonprefix(folders))
+    values = [folder[depth] if len(folder) > depth else "" for folder in folders]
+    found, reasons = sorted(set(values)), []
+    splits = [value for value in found if split_words(value)]
+    if len(splits) >= 2 and 2 * len(splits) >= len(found):      # a class may be named train
+        reasons.append(f"{' and '.join(splits)} are splits: give one of them")
+    reasons += [f"labels in {n} are not read" for n in texts]
+    if any(".tar/" in n for n in names):
+        reasons.append("the shards have no .cls files")
+    if "" in found:
+        reasons.append(f"{values.count('')} of {len(names)} images lie in no folder of a class")
+    if reasons:
+        raise ValueError(", and ".join(reasons))
+    return values
+
+
+def table_classes(texts, names, tables):
+    """EDM's and StyleGAN's labels: those that dataset.json has for the images below its folder."""
+    labels = {}
+    for table in tables:
+        try:
+            given = dict(json.loads(texts[table]).get("labels") or ())
+            labels.update((str(PurePosixPath(table).parent / name.replace("\\", "/")), label)
+                          for name, label in given.items())
+        except Exception as e:                                  # it may hold anything
+            raise ValueError(f"{table} cannot be read ({type(e).__name__})") from None
+    known = labels.keys() & set(names)
+    if len(known) < len(labels):
+        warn(f"{tables[0]} has labels of {len(labels) - len(known)} files that are not here")
+    if len(known) < len(names):
+        raise ValueError(f"{tables[0]} has labels for {len(known)} of {len(names)} images")
+    return [labels[name] for name in names]
+
+
+def split_words(name):
+    """{"train"} of train2017, trainA or x_train."""
+    return {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)} & SPLITS
+
+
+# Folders and archives. Archives may be hostile: they are read, never unpacked to disk.
+
+def members_of(path, paths):
+    """Yields pairs of the name of each file in a folder, zip or tar and a function that reads it,
+    which works until the next pair. paths: of folder_files. Tars in a folder without images are
+    read, too, as the shards of WebDataset."""
     if path.is_dir():
-        return path.name, [(str(f.relative_to(path)), facts(f)) for f, _ in folder_images(path)]
-    return path.name, facts(path)
+        shards = not any(map(is_image, paths))
+        for name, file in paths.items():
+            if shards and name.endswith(".tar"):
+                yield from ((f"{name}/{inner}", read) for inner, read in members_of(file, paths))
+            else:
+                yield name, partial(read_file, file)
+        return
+    for name, link, read in zip_members(path) if zipfile.is_zipfile(path) else tar_members(path):
+        name = plain(name)
+        if name.startswith("/") or ".." in name.split("/"):
+            raise UserError(f"{path} is refused: it contains {name!r}, which would unpack outside "
+                            "its folder")
+        yield name, refuse_link if link else read
 
 
-def zip_images(path):
-    archive = zipfile.ZipFile(path)
-    files = [i for i in archive.infolist() if not i.filename.endswith("/")]
-    for info in files:
-        refuse_outside(path, info.filename)
-    images = [info for info in files if is_image(info.filename)]
-    bounded(path, sum(info.file_size for info in images))
-
-    def read(info):
-        refuse_link(info.external_attr >> 28 == 0o12)           # Unix's file type, S_IFLNK
-        return archive.read(info)
-    return [(info.filename, partial(read, info)) for info in images]
+def zip_members(path):
+    with zipfile.ZipFile(path) as archive:
+        bounded(path, sum(info.file_size for info in archive.infolist()))
+        for info in archive.infolist():
+            if not info.filename.endswith(("/", "\\")):
+                link = info.external_attr >> 28 == 0o12         # Unix's file type, S_IFLNK
+                yield info.filename, link, partial(archive.read, info)
 
 
-def tar_images(path):
-    with open(path, "rb") as f:
-        start = f.read(6)
-    opener = next((o for magic, o in TAR_OPENERS.items() if start.startswith(magic)), open)
+def tar_members(path):
+    class Header(tarfile.TarInfo):
+        @classmethod
+        def frombuf(cls, block, *args):
+            cls.last = block
+            header = super().frombuf(block, *args)
+            bounded(path, header.size)                          # before it is read
+            return header
 
-    def read(member):
-        refuse_link(not member.isfile())
-        return tar.extractfile(member).read()
-    with opener(path, "rb") as f:
-        file = BoundedFile(f, path)
-        tar = tarfile.open(fileobj=file, mode="r:")
+    with tarfile.open(path, "r|*", tarinfo=Header) as tar:
         for member in tar:
-            refuse_outside(path, member.name)
-            if is_image(member.name) and not member.isdir():
-                bounded(path, member.size)                      # a sparse one may hold few bytes
-                yield member.name, partial(read, member)
-        if file.last != bytes(512):                             # where tarfile ends without a word
-            raise UserError(f"{path} is cut short or damaged: copy it again")
+            bounded(path, member.offset_data + member.size)
+            if not member.isdir():
+                yield member.name, not member.isfile(), lambda m=member: tar.extractfile(m).read()
+    if Header.last != bytes(512):                               # where tarfile ends without a word
+        raise UserError(f"{path} is cut short or damaged: copy it again")
 
 
-class BoundedFile:
-    """An unpacked tar that cannot be read beyond the limit of `bounded`: even a header may claim
-    that it is gigabytes long. last: what was read last; at a tar's end, zeros."""
-
-    def __init__(self, file, path):
-        self.file, self.path, self.tell = file, path, file.tell
-
-    def read(self, n):
-        bounded(self.path, self.tell() + n)
-        self.last = self.file.read(n)
-        return self.last
-
-    def seek(self, position):
-        bounded(self.path, position)
-        return self.file.seek(position)
+def refuse_link():
+    raise ValueError("it is a link in an archive; links are not followed")
 
 
 def bounded(path, size):
@@ -485,44 +612,55 @@ def bounded(path, size):
                         f"{packed / 2 ** 20:.1f} MiB; if you trust it, save it uncompressed")
 
 
-def refuse_link(is_link):
-    if is_link:
-        raise ValueError("it is a link in an archive; links are not followed")
+def folder_files(root):
+    """{name: path} of all files below root. Links are followed, into each folder once."""
+    found, seen = {}, set()
+    for folder, subfolders, names in os.walk(
+            root, followlinks=True, onerror=lambda e: warn(f"{e.filename}: {e.strerror}")):
+        subfolders.sort()
+        real = os.path.realpath(folder)
+        if real in seen:
+            warn(f"{folder} is a link to a folder that is read already")
+            subfolders.clear()
+            names.clear()
+        seen.add(real)
+        files = [Path(folder, name) for name in sorted(names)]
+        found.update((plain(str(file.relative_to(root))), file) for file in files)
+    return found
 
 
-def refuse_outside(path, name):
-    parts = PurePosixPath(name.replace("\\", "/"))
-    if parts.is_absolute() or ".." in parts.parts:
-        raise UserError(f"{path} is refused: it contains {name!r}, which would unpack outside its "
-                        "folder")
+def read_file(path):
+    refuse_special(path)
+    return path.read_bytes()
+
+
+def stamp(path):
+    """What differs where another file of the same size and time is put in its place."""
+    facts = path.stat() if path.exists() else None
+    return facts and (facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+
+
+def plain(name):
+    """Without Windows' backslashes and a leading ./"""
+    return str(PurePosixPath(name.replace("\\", "/")))
 
 
 def is_image(name):
-    """By its extension. macOS adds files like ._cat.png, which are not images."""
-    name = PurePosixPath(name)
-    return name.suffix.lower() in EXTENSIONS and not name.name.startswith("._")
+    return PurePosixPath(name).suffix.lower() in EXTENSIONS
 
 
-def main():
-    p = Parser(description="Draw a grid of a data set, and print what a checkpoint would store "
-                           "about it.")
-    p.add_argument("--data", default="leaves",
-                   help="leaves, cifar10, or a folder, zip or tar of images (default leaves)")
-    p.add_argument("--resolution", type=number(int, 1),
-                   help="side in pixels (default: 16 for leaves, else that of the files)")
-    p.add_argument("--augment", type=number(float, 0, 1), default=0.,
-                   help="augment with this probability (default 0)")
-    p.add_argument("--out", default="data.png", help="the grid (default data.png)")
-    args = p.parse_args()
-    with p.one_line_errors():
-        data = load(args.data, args.resolution)
-        order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
-        images = data.images[order[:64]]
-        if args.augment:
-            images = to_uint8(augment(normalize(images), args.augment)[0])
-        save_grid(images, args.out)
-        say(f"{args.out}: {data.facts()}")
+def hidden(name):
+    return any(part.startswith(".") or part.lower() in LEFTOVERS for part in name.split("/"))
 
 
-if __name__ == "__main__":
-    main()
+@contextlib.contextmanager
+def readable(path):
+    """Within, what a damaged folder or file raises becomes a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:                                      # zip, tar, zlib and NumPy differ
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise UserError(f"{path} is not a folder, zip, tar, .npy or .npz that can be read "
+                        f"({reason})") from None

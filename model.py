@@ -1,9 +1,7 @@
-"""The network: two levels in, two heads out, (7), on EDM's DDPM++ trunk.
-
-    python model.py                      # prints the parameter counts of the paper's networks
-
-Equation numbers are those of the README.
+"""The network: two levels in, two heads out, (7), on EDM's DDPM++ trunk. Equation numbers are those
+of the README.
 """
+import copy
 import math
 import os
 from functools import partial
@@ -14,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from degrade import attenuation, blur, expand_level, frequencies, time_of
-from util import UserError, check_facts, read_checkpoint
+from util import UserError, compile_or_warn, read_checkpoint
 
 SIGMA_DATA = 0.5                                # the standard deviation of the images (EDM)
 
@@ -25,8 +23,11 @@ class Denoiser(nn.Module):
 
     x [B, C, H, W] of any float type; alpha, sigma: numbers, 0-d or [B], not both 0; augment [B, 9]
     and label [B] (int64) go to the unet. Returns float32 [B, C, H, W] twice.
-    unet: any module (x, c_noise [B], augment, label) with `heads` times as many output channels as
-    input channels. One that has `from_ratio` is told (14) as well, as its argument ratio.
+
+    unet: any module (x, c_noise, augment, label) -> [B, heads C, H, W]. c_noise [B] is about -1.6
+    to 1.2; multiply it by 1000 for an embedding of the steps 0 to 1000. A unet whose attribute
+    `classes` is above 0 always gets a label, any other never. One that has `from_ratio` is told
+    (14), which is 0 to 4, as its argument ratio [B].
     """
     heads = 2
 
@@ -37,15 +38,20 @@ class Denoiser(nn.Module):
         self.told_ratio = getattr(unet, "from_ratio", None) is not None
 
     def forward(self, x, alpha, sigma, augment=None, label=None):
+        if (label is None) == bool(self.classes):
+            raise UserError(f"this network has {self.classes or 'no'} classes, and it was called "
+                            f"with{'out' if label is None else ''} labels")
         x = x.float()
         alpha, sigma = (expand_level(v, x, torch.float64) for v in (alpha, sigma))
         s = scales(x, alpha, sigma, self.sigma_data)
         ratio = {"ratio": s.ratio.expand(len(x))} if self.told_ratio else {}
-        f = self.unet(s.c_in * x, s.c_noise.expand(len(x)), augment, label, **ratio).float()
-        if f.shape[1] != self.heads * x.shape[1]:
-            raise ValueError(f"{self.heads} heads on {x.shape[1]} channels need "
-                             f"{self.heads * x.shape[1]} output channels, not {f.shape[1]}")
-        return self.answers(x, f, s)
+        f = self.unet(s.c_in * x, s.c_noise.expand(len(x)), augment, label, **ratio)
+        needed = [len(x), self.heads * x.shape[1], *x.shape[2:]]
+        given = list(f.shape) if isinstance(f, torch.Tensor) else type(f).__name__
+        if given != needed:                                     # what only broadcasts as well
+            raise UserError(f"the network's output must be {needed}, for {self.heads} heads on "
+                            f"{x.shape[1]} channels, and not {given}")
+        return self.answers(x, f.float(), s)
 
     def answers(self, x, f, s):
         f1, f2 = f.chunk(2, dim=1)                              # [B, C, H, W] each
@@ -106,16 +112,14 @@ class UNet(nn.Module):
 
     channels x mult: the width of each level; every level has half the height and width of the one
     before. blocks: residual blocks at each level. attention: the sizes of the levels that have it,
-    when the input has `resolution` pixels a side. augment [B, augment_dim] or None means zeros;
-    label [B] is needed where there are classes; ratio [B] where `ratio` is set.
-    H and W must be multiples of 2^(levels - 1).
+    when the input has `resolution` pixels a side. augment [B, augment_dim]: None means zeros; label
+    [B] where there are classes; ratio [B] where `ratio` is set.
     """
 
     def __init__(self, in_channels, out_channels, channels=128, mult=(2, 2, 2), blocks=4,
                  attention=(16,), resolution=32, dropout=0., augment_dim=0, classes=0, ratio=False):
         super().__init__()
-        self.in_channels, self.out_channels, self.classes = in_channels, out_channels, classes
-        self.channels, self.levels = channels, len(mult)
+        self.channels, self.classes, self.levels = channels, classes, len(mult)
         self.from_augment = linear(augment_dim, channels, bias=False) if augment_dim else None
         self.from_label = linear(classes, channels) if classes else None
         self.from_ratio = linear(channels, channels, bias=False) if ratio else None
@@ -151,9 +155,8 @@ class UNet(nn.Module):
         """Raises ValueError where images of h x w do not fit this network."""
         divisor = 2 ** (self.levels - 1)
         if h % divisor or w % divisor:
-            raise ValueError(f"images of {h} x {w} do not divide by {divisor}, as a network of "
-                             f"{self.levels} levels needs: choose another resolution or fewer "
-                             "levels (mult)")
+            raise ValueError(f"images of {h} x {w} do not divide by {divisor}, as {self.levels} "
+                             "levels need: choose another resolution or fewer levels (mult)")
 
     def forward(self, x, c_noise, augment=None, label=None, ratio=None):
         self.check(*x.shape[-2:])
@@ -214,110 +217,10 @@ class Attention(nn.Module):
         self.out = conv(channels, channels, 1, scale=1e-5)
 
     def forward(self, x):
-        b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).flatten(2).mT.unsqueeze(1)                 # [B, 1, H W, 3 C]
         y = F.scaled_dot_product_attention(*qkv.chunk(3, dim=3))                # [B, 1, H W, C]
-        y = y[:, 0].mT.reshape(b, c, h, w)         # [B, C, H, W]
+        y = y[:, 0].mT.reshape(x.shape)                         # [B, C, H, W]
         return (x + self.out(y)) * math.sqrt(0.5)
-
-
-def build(config):
-    """A checkpoint's config, which has plain types only -> its Denoiser. Raises ValueError and the
-    like for an impossible config, before anything is allocated."""
-    u = config["unet"]
-    limits = {"in_channels": (1, 4096), "out_channels": (1, 8192), "channels": (4, 4096),
-              "blocks": (1, 64), "resolution": (1, 4096), "augment_dim": (0, 9),
-              "classes": (0, 2 ** 20)}
-    values = [(k, u[k], *limits[k]) for k in limits if k in u]
-    values += [("mult", m, 1, 16) for m in u["mult"]] + [("len(mult)", len(u["mult"]), 1, 12)]
-    for name, value, low, high in values:
-        if type(value) is not int or not low <= value <= high:
-            raise ValueError(f"{name} must be an integer from {low} to {high}")
-    if not 0 < config["sigma_data"] < 1e6 or not 0 <= u.get("dropout", 0) < 1:
-        raise ValueError("sigma_data or dropout is out of range")
-    kind = PARAMETERIZATIONS[config.get("param", "residual")]
-    if u["out_channels"] != kind.heads * u["in_channels"]:
-        raise ValueError(f"out_channels must be {kind.heads} times in_channels")
-    if config.get("blind"):
-        raise ValueError("it is a blind model, which this version does not have")
-    return kind(UNet(**u), config["sigma_data"])
-
-
-def load_model(filename, device="cpu", precision="fp32", compiled=False):
-    """A checkpoint of train.py -> its Denoiser in eval mode, and the rest of the checkpoint:
-    config, data, options, seen. Raises UserError."""
-    checkpoint = read_checkpoint(filename)
-    if "net" in checkpoint:
-        raise UserError(f"{filename} is what a run resumes from: take the ema.pt beside it")
-    try:
-        weights = checkpoint.pop("weights")
-        check_facts(checkpoint, weights, os.path.getsize(filename))
-        with torch.device("meta"):          # allocates nothing before the shapes are known to fit
-            net = build(checkpoint["config"])
-        net.load_state_dict(weights, assign=True)
-        c, h, w = checkpoint["data"]["shape"]
-        net.unet.check(h, w)
-        if c != net.unet.in_channels or len(checkpoint["data"]["classes"]) < net.classes:
-            raise ValueError("its data have other channels or classes than its network")
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as e:
-        reason = " ".join(str(e).split())[:200]
-        raise UserError(f"{filename} is not a model of this project, or its weights do not fit its "
-                        f"config: {reason}") from None
-    net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    if precision == "bf16":
-        net.forward = torch.autocast(torch.device(device).type, torch.bfloat16)(net.forward)
-    if compiled:
-        net.unet.compile()
-    return net, checkpoint
-
-
-MAY_BE_NEW = ("unet.from_ratio.", "unet.from_augment.", "unet.from_label.")
-
-
-def start_from(net, filename, path):
-    """Puts the weights of a checkpoint of this project into a new Denoiser, to train it further.
-
-    Layers in MAY_BE_NEW that only the new network has start at zero. Those that only the checkpoint
-    has become a constant in a bias: the ratio of path at t = 0.3, near the median of training, and
-    the mean over the classes. Each class starts from that mean where their number differs. The
-    deblurring head starts at zero where the checkpoint is of BNR 0, which has not trained it.
-    Raises UserError that names what does not fit.
-    """
-    old, checkpoint = load_model(filename)
-    theirs, ours, config = old.state_dict(), net.state_dict(), checkpoint["config"]
-
-    def misfit(reason):
-        sizes = [f"{k} {config['unet'].get(k)}"
-                 for k in ("channels", "mult", "blocks", "attention")]
-        return UserError(f"{filename} does not fit this network: {reason}; it has "
-                         f"{', '.join(sizes)}, at {checkpoint['data']['shape'][2]} pixels a side")
-    if type(old).answers is not type(net).answers or old.sigma_data != net.sigma_data:
-        raise misfit(f"its --param is {config.get('param', 'residual')} and its sigma_data "
-                     f"{old.sigma_data:g}")
-    for name in sorted(theirs.keys() ^ ours.keys()):
-        if not name.startswith(MAY_BE_NEW):
-            raise misfit(f"only one of them has {name}")
-    for name, value in ours.items():
-        if name in theirs and theirs[name].shape == value.shape:
-            value.copy_(theirs[name])
-        elif name == "unet.from_label.weight" and old.classes and len(theirs[name]) == len(value):
-            # other classes: the mean of the old ones
-            value.copy_(theirs[name].mean(1, keepdim=True) * math.sqrt(old.classes / net.classes))
-        elif name.startswith(MAY_BE_NEW):
-            value.zero_()
-        else:
-            raise misfit(f"{name} is {list(theirs[name].shape)} there and {list(value.shape)} here")
-    told = torch.zeros(old.unet.channels)
-    if old.told_ratio and not net.told_ratio:
-        alpha, sigma = (torch.tensor([float(v)]) for v in path.levels(0.3))
-        told = old.unet.from_ratio(sinusoids(4 * alpha / (alpha + sigma), old.unet.channels))[0]
-    if old.classes and not net.classes:
-        label = old.unet.from_label
-        told = told + label.bias + label.weight.mean(1) * math.sqrt(old.classes)
-    ours["unet.embed.0.bias"].add_(ours["unet.embed.0.weight"] @ told)
-    if config["bnr"] == 0 and net.heads == 2:
-        for value in (ours["unet.last.weight"], ours["unet.last.bias"]):
-            value.chunk(2)[1].zero_()
 
 
 def sinusoids(v, n):
@@ -350,17 +253,92 @@ def initialized(layer, scale):
     return layer
 
 
-def main():
-    sizes = {"CIFAR-10": dict(mult=(2, 2, 2), resolution=32),
-             "FFHQ": dict(mult=(1, 2, 2, 2), resolution=64),
-             "church": dict(mult=(1, 1, 2, 2, 2), resolution=128)}
-    for name, kw in sizes.items():
-        with torch.device("meta"):                              # shapes without memory
-            one, two = (sum(p.numel() for p in UNet(3, out, augment_dim=9, **kw).parameters())
-                        for out in (3, 6))
-        size = f"{kw['resolution']} x {kw['resolution']}"
-        print(f"{name:9} {size:>9}  {one:11,} parameters with one head, {two:11,} with two")
+def build(config):
+    """A checkpoint's config, of plain types -> its Denoiser. Raises ValueError and the like for an
+    impossible one."""
+    unet, kind = config["unet"], PARAMETERIZATIONS[config.get("param", "residual")]
+    if not (0 < config["sigma_data"] < 1e6 and 0 <= unet.get("dropout", 0) < 1
+            and unet["blocks"] <= 64 and len(unet["mult"]) <= 12):
+        raise ValueError("sigma_data, dropout, blocks or mult is out of range")
+    if unet["out_channels"] != kind.heads * unet["in_channels"]:
+        raise ValueError(f"out_channels must be {kind.heads} times in_channels")
+    return kind(UNet(**unet), config["sigma_data"])
 
 
-if __name__ == "__main__":
-    main()
+def load_model(filename, device="cpu", precision="fp32", compiled=False, net=None):
+    """A checkpoint of train.py -> its Denoiser in eval mode, without gradients, and the rest of the
+    checkpoint: config, data, options, seen. Raises UserError.
+
+    net: for a network of your own, a Denoiser like the one that was trained. It is filled.
+    """
+    checkpoint = read_checkpoint(filename)
+    if "net" in checkpoint:
+        raise UserError(f"{filename} is what a run resumes from: take the ema.pt beside it")
+    try:
+        weights, config = checkpoint.pop("weights"), checkpoint["config"]
+        check_facts(checkpoint, weights, os.path.getsize(filename))
+        if net is None and config["unet"] is None:
+            raise UserError(f"{filename} is not a model of this project's own network: give "
+                            "load_model, in Python, the one that it is of, as net")
+        if net is None:
+            with torch.device("meta"):      # allocates nothing before the shapes are known to fit
+                net = build(config)
+            net.unet.check(*checkpoint["data"]["shape"][1:])
+        net.load_state_dict(weights, assign=True)
+        net.sigma_data = config["sigma_data"]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"{filename} is not a model of this project, or its weights do not fit its "
+                        f"network: {reason}") from None
+    net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    if precision == "bf16":
+        net.forward = torch.autocast(torch.device(device).type, torch.bfloat16)(net.forward)
+    if compiled:
+        compile_or_warn(net.unet, asked=True)
+    return net, checkpoint
+
+
+def check_facts(checkpoint, weights, size):
+    """Raises ValueError and the like for what train.py never saves. size: the file's, in bytes."""
+    config, data, options = (checkpoint[k] for k in ("config", "data", "options"))
+    (c, h, w), unet = data["shape"], config["unet"] or {}
+    if sum(v.numel() * v.element_size() for v in weights.values()) > size:
+        raise ValueError("its weights claim to be larger than the file")
+    if not all(v.isfinite().all() and (not unet or v.dtype == torch.float32)
+               for v in weights.values()):
+        raise ValueError("its weights are not finite float32 numbers")
+    if not all(type(n) is int and 0 < n <= 10000 for n in (c, h, w, options["sample_steps"])) \
+            or options["resolution"] not in (0, max(h, w)) or c != unet.get("in_channels", c):
+        raise ValueError("its shape, resolution or sample_steps is impossible")
+    if not all(type(s) is str for s in (options["data"], *data["classes"])) \
+            or len(data["classes"]) < unet.get("classes", 0):
+        raise ValueError("its data or its classes have no names")
+
+
+MAY_BE_NEW = ("unet.from_ratio.", "unet.from_augment.", "unet.from_label.")
+
+
+def start_from(net, filename, classes=()):
+    """Puts the weights of a checkpoint into a new Denoiser, to train it further.
+
+    Layers in MAY_BE_NEW that the checkpoint lacks start at zero. classes: the names of those of a
+    UNet; each starts as the old class of its name, else as the mean of all. Raises UserError that
+    names what does not fit.
+    """
+    own, label = not isinstance(net.unet, UNet), "unet.from_label.weight"
+    old, checkpoint = load_model(filename, net=copy.deepcopy(net) if own else None)
+    new = {k: torch.zeros_like(v) for k, v in net.state_dict().items() if k.startswith(MAY_BE_NEW)}
+    weights = {**new, **old.state_dict()}
+    if old.classes and net.classes and not own:                 # label: [embedding, classes]
+        known = dict(zip(checkpoint["data"]["classes"], weights[label].T))
+        columns = [known.get(name, weights[label].mean(1)) for name in classes]
+        weights[label] = torch.stack(columns, 1) * math.sqrt(old.classes / net.classes)
+    if "unet.from_augment.weight" not in new:                   # it adds 0 to other images
+        weights.pop("unet.from_augment.weight", None)
+    try:
+        if type(old).answers is not type(net).answers or old.sigma_data != net.sigma_data:
+            raise RuntimeError("its --param or sigma_data is another")
+        net.load_state_dict(weights)
+    except RuntimeError as e:
+        raise UserError(f"{filename} does not fit this network: {' '.join(str(e).split())[:300]}; "
+                        f"its config is {checkpoint['config']}") from None

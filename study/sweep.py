@@ -13,8 +13,9 @@ from itertools import product
 import numpy as np
 
 from model import load_model
-from study.common import (QUICK, REFERENCES, RESOLUTIONS, Cells, Measure, deviation, digest, drawn,
-                          groups, mean, parser, plotted, precision, references, trained)
+from study.common import (QUICK, REFERENCES, RESOLUTIONS, Cells, Measure, deviation, digest,
+                          digest_of, drawn, groups, mean, parser, plotted, precision, references,
+                          trained)
 from util import UserError, add_device_option, number
 
 RATIOS = [0, 0.1, 0.3, 0.5, 0.65, 1, 2, 10]
@@ -90,15 +91,18 @@ def check_models(args):
 
 def compute(args, cells):
     check_models(args)
-    measure = cache(lambda: measure_of(args, cells))
+    n = args.samples if args.quick else REFERENCES
+    reference = references(args.data, RESOLUTIONS[args.preset], n)
+    shared = dict(data=args.data, preset=args.preset, samples=args.samples,
+                  measure=name_of_measure(args), images=digest_of(reference))
+    measure = cache(lambda: measure_of(args, cells, reference, shared))
     for network, kimg, seed, checkpoint, ratios in networks(args):
         curves = [(bnr, None) for bnr in ratios]
         curves += [(None, args.path)] if args.path and network == "any" else []
         for (bnr, path), (solver, nfe, steps) in product(curves, settings(args)):
             for draw in range(args.draws):
-                key = dict(data=args.data, preset=args.preset, kimg=kimg, network=network,
-                           seed=seed, bnr=bnr, path=path, solver=solver, nfe=nfe, draw=draw,
-                           samples=args.samples, measure=name_of_measure(args),
+                key = dict(**shared, kimg=kimg, network=network, seed=seed, bnr=bnr, path=path,
+                           solver=solver, nfe=nfe, draw=draw,
                            **({"checkpoint": digest(checkpoint())} if args.ckpt else {}))
                 if not cells.find(**key):
                     measure(), checkpoint()     # here, so that the cell's seconds are its own
@@ -121,14 +125,11 @@ def settings(args):
     return found
 
 
-def measure_of(args, cells):
+def measure_of(args, cells, reference, shared):
     """The measure, and its floor: as many other images of the data set."""
-    resolution, n = RESOLUTIONS[args.preset], args.samples
-    count = n if args.quick else REFERENCES
-    measure = Measure(references(args.data, resolution, count), args.device, args.fid)
-    floor = cells.compute(dict(data=args.data, preset=args.preset, network="floor", samples=n,
-                               measure=name_of_measure(args)),
-                          lambda: measure(references(args.data, resolution, n, skip=count)))
+    measure = Measure(reference, args.device, args.fid)
+    others = partial(references, args.data, RESOLUTIONS[args.preset], args.samples, len(reference))
+    floor = cells.compute({**shared, "network": "floor"}, lambda: measure(others()))
     print(row(floor), flush=True)
     return measure
 
@@ -156,15 +157,15 @@ def curve(cell):
 
 
 def comparable(cells):
-    """Title, floor and the other cells of each table: of one data set, preset, and so on."""
+    """Title, floor and the other cells of each table: of the same images, preset, and so on."""
     of_networks = [c for c in cells.cells if c["network"] != "floor"]
-    for values, some in groups(of_networks, "data", "preset", "samples", "kimg",
-                                      "measure").items():
-        data, preset, samples, kimg, measure = values
+    for values, some in groups(of_networks, "data", "preset", "samples", "kimg", "measure",
+                               "images").items():
+        data, preset, samples, kimg, measure, images = values
         title = f"{data}, {preset}, {kimg:g} kimg, {samples} samples"
         title += f", {measure}" if measure else ""
         yield title, cells.find(network="floor", data=data, preset=preset, samples=samples,
-                                measure=measure), some
+                                measure=measure, images=images), some
 
 
 def table(cells):

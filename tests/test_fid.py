@@ -1,34 +1,36 @@
+import contextlib
 import hashlib
 import json
 import os
+import pickle
 import re
 import socket
 import sys
-import tarfile
-import zipfile
 import zlib
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.run import get_args_parser
 
 import data
 import fid
+import inception
 import sample
 import train
-from fid import (InceptionV3, frechet_distance, load_inception, mean_and_covariance, read_array,
-                 read_batches, read_statistics, reference_statistics, statistics)
+from degrade import ConstantBNR
+from fid import frechet_distance, mean_and_covariance, opened, read_statistics, statistics_of
+from inception import InceptionV3, load_inception
 from test_data import png, server  # noqa: F401  (a fixture)
 from util import UserError
 
 HERE = Path(__file__).parent
 KEYS = json.load(open(HERE / "inception_keys.json"))
 GOLDEN = np.load(HERE / "inception_golden.npz")
-TRAIN = ("--device cpu --resolution 8 --attention 4 --duration 0.256 --sample-steps 3 "
-         "--fid-every 0.128 --fid-num 20").split()
-
+SMALL = "--device cpu --resolution 8 --attention 4 --duration 0.016 --sample-steps 1".split()
 
 def filled(name, shape):
     """The golden features' rule for a tensor of that name."""
@@ -91,11 +93,23 @@ def test_grey_is_three_equal_channels(net):
     assert torch.equal(net(grey), net(grey.expand(-1, 3, -1, -1)))
 
 
-def test_an_unknown_resize_and_other_channels_are_refused(net):
+def test_an_unknown_resize_other_channels_and_floats_are_refused(net):
     with pytest.raises(ValueError, match="tf1 or pytorch"):
         net(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "bicubic")
-    with pytest.raises(UserError, match="1 or 3 channels, not 4"):
+    with pytest.raises(UserError, match="1 or 3 channels, not uint8 of 4"):
         net(torch.zeros(1, 4, 8, 8, dtype=torch.uint8))
+    with pytest.raises(UserError, match="not float32 of 3"):
+        net(torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("resize", ["tf1", "pytorch"])
+def test_images_on_the_cpu_and_a_network_elsewhere(resize, monkeypatch):
+    """As on a GPU: what is left on the CPU cannot be mixed with what is on torch's meta device."""
+    monkeypatch.setattr(torch, "autocast", lambda *a, **kw: contextlib.nullcontext())
+    with torch.device("meta"):
+        net = InceptionV3().eval()
+    features = net(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), resize)
+    assert features.is_meta and features.shape == (2, 2048)
 
 
 # The distance and the statistics
@@ -139,7 +153,7 @@ def test_frechet_distance_of_commuting_and_other_gaussians():
 @pytest.mark.parametrize("rank", [300, 40, 1])
 def test_equal_gaussians_are_0_apart(rank):
     c, mu = covariance(100, 5, rank), np.ones(100)
-    assert abs(frechet_distance(mu, c, mu, c)) < 1e-6 * np.trace(c)
+    assert 0 <= frechet_distance(mu, c, mu, c) < 1e-6 * np.trace(c)
 
 
 def test_singular_covariances():
@@ -177,10 +191,11 @@ def test_streaming_statistics_are_numpys(sizes, batch):
     assert np.abs(cov - expected).max() <= 1e-10 * np.abs(expected).max()
 
 
-def share_of_statistics(rank, port, images, result):
-    def net(images):
+def share_of_statistics(rank, port, images, folder):
+    def net(images, resize=None):
         return images.flatten(1).float() + 100
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2,
+                                         timeout=timedelta(seconds=60))
     mu, cov, n = mean_and_covariance(images[rank::2].split(7), net, 5)
     alone = mean_and_covariance([images] if rank == 1 else [], net)
     assert all(np.allclose(a, b) for a, b in zip(alone, (mu, cov, n)))
@@ -188,11 +203,15 @@ def share_of_statistics(rank, port, images, result):
         mean_and_covariance([images[:1]] if rank == 0 else [], net)
     with pytest.raises(UserError, match="no images"):
         mean_and_covariance([], net)
-    sizes = [images[:, :, :1], images][rank]                    # another one in each process
-    assert fid.statistics([sizes], lambda x, resize: x[:, :, 0].flatten(1), "tf1", "0",
-                          "x")["size"] == "several sizes"
+    fid.WIDTH = 12
+    found = data.Images(images, torch.zeros(len(images), dtype=torch.long), ["all"], "noise")
+    how = dict(net=net, resize="tf1", digest="0", batch=5)
+    for _ in range(2):                                          # where one disk has no file of them
+        stats = statistics_of(found, "noise", folder=f"{folder}/{rank}", **how)
+        assert all(np.allclose(a, stats[k]) for k, a in (("mu", mu), ("sigma", cov), ("num", n)))
     if rank == 1:
-        np.savez(result, mu=mu, cov=cov, n=n)
+        assert not Path(folder, "1").exists()
+        np.savez(f"{folder}/r.npz", mu=mu, cov=cov, n=n)
     torch.distributed.destroy_process_group()
 
 
@@ -203,7 +222,7 @@ def test_two_processes_share_the_work(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    arguments = port, images, str(tmp_path / "r.npz")
+    arguments = port, images, str(tmp_path)
     torch.multiprocessing.spawn(share_of_statistics, arguments, nprocs=2)
     shared, f = np.load(tmp_path / "r.npz"), images.flatten(1).double().numpy() + 100
     assert shared["n"] == 101 and np.allclose(shared["mu"], f.mean(0), rtol=1e-12)
@@ -226,11 +245,11 @@ class SmallNet(torch.nn.Module):
 def small_net(monkeypatch):
     """In the place of InceptionV3, where a test is not about it."""
     monkeypatch.setattr(fid, "load_inception", lambda *a: (SmallNet(), "f" * 64))
-    monkeypatch.setattr(train, "load_inception", lambda *a: (SmallNet(), "f" * 64))
     monkeypatch.setattr(fid, "WIDTH", 12)
 
 
 def run(monkeypatch, capsys, *args):
+    capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, args), "--device", "cpu"])
     fid.main()
     return capsys.readouterr()
@@ -248,12 +267,8 @@ def refused(monkeypatch, capsys, *args):
     return err.strip().splitlines()[-1]
 
 
-def train_a_model(monkeypatch, capsys, *args):
-    """run/ema.pt; returns the lines of its log."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *TRAIN, *map(str, args)])
-    train.main()
-    capsys.readouterr()
-    return [json.loads(line) for line in open("run/log.jsonl")]
+def train_a_model(out, *args, **parts):
+    train.train(train.options([*SMALL, "--out", out, *map(str, args)]), **parts)
 
 
 @pytest.fixture
@@ -282,32 +297,31 @@ def pixels_of(folder):
 
 
 def test_end_to_end_with_a_weights_file(folder, weights, tmp_path, monkeypatch, capsys):
-    """The whole way through the network: against themselves 0; against a shifted copy the distance
-    that numpy gets from the features."""
+    """The whole way through the network: the distance that numpy gets from the features."""
     monkeypatch.chdir(tmp_path)
     images = pixels_of(folder)
-    np.savez("shifted.npz", np.minimum(images + 50, 255).astype(np.uint8))
-    digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
-    out = run(monkeypatch, capsys, folder, "--ref", folder, "--weights", weights, "--json")
+    shifted = np.minimum(images + 50, 255).astype(np.uint8)
+    np.save("shifted.npy", shifted)
+    out = run(monkeypatch, capsys, "shifted.npy", "--ref", folder, "--weights", weights, "--json")
     result = json.loads(out.out)
-    assert abs(result["fid"]) < 1e-6 and result["weights_sha256"] == digest
+    assert result["weights_sha256"] == hashlib.sha256(Path(weights).read_bytes()).hexdigest()
     assert result["generated"] == result["reference_num"] == 6
-    assert "50,000" in out.err and "singular" in out.err
-    shifted = run_json(monkeypatch, capsys, "shifted.npz", "--ref", folder, "--weights", weights)
+    assert "50,000" in out.err and "2,048" in out.err
     net = load_inception(weights)[0]
     f, g = (net(torch.from_numpy(p).permute(0, 3, 1, 2)).double().numpy()
-            for p in (np.load("shifted.npz")["arr_0"], images))
+            for p in (shifted, images))
     f0, g0 = f - f.mean(0), g - g.mean(0)
     # with so few samples, the trace of the root is a nuclear norm of 6 x 6
     traces = (f0 ** 2).sum() + (g0 ** 2).sum() - 2 * np.linalg.norm(f0 @ g0.T, "nuc")
     closed = ((f.mean(0) - g.mean(0)) ** 2).sum() + traces / 5
-    assert shifted["fid"] == pytest.approx(closed, rel=1e-5) and shifted["fid"] > 0.1
+    assert result["fid"] == pytest.approx(closed, rel=1e-5) and closed > 0.1
 
 
 def test_statistics_are_kept_reused_and_readable_by_others(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small_net(monkeypatch)
     first = run(monkeypatch, capsys, folder, "--ref", folder)
+    assert first.out.startswith("FID 0.0000   6 images of")
     kept, = Path("data").glob("fid-a-*.npz")
     saved = np.load(kept, allow_pickle=False)
     f = pixels_of(folder).reshape(6, 2, 8, 2, 8, 3).mean((2, 4)) / 255
@@ -315,124 +329,133 @@ def test_statistics_are_kept_reused_and_readable_by_others(folder, tmp_path, mon
     assert np.allclose(saved["mu"], f.mean(0), atol=1e-6)
     assert np.allclose(saved["sigma"], np.cov(f, rowvar=False), atol=1e-6)
     assert str(saved["source"]) == str(folder) and saved["num"] == 6
-    assert str(saved["resize"]) == "tf1" and saved["resolution"] == 0
-    monkeypatch.setattr(fid, "read_batches",
-                        lambda spec, *a, **kw: pytest.fail(f"{spec} was read again"))
+    assert str(saved["resize"]) == "tf1" and str(saved["size"]) == "16 x 16"
+    monkeypatch.setattr(fid, "statistics", lambda *a, **kw: pytest.fail("computed again"))
     again = run(monkeypatch, capsys, kept, "--ref", folder)
     assert all(word in out for out in (first.out, again.out)
-               for word in ("FID ", "6 images", "resize tf1", "weights ffffffff"))
-    assert " at " not in first.out + again.out and "does not say" not in again.err
+               for word in ("6 images", "at 16 x 16", "resize tf1", "weights ffffffff"))
+    assert "does not say" not in again.err
     np.savez("theirs.npz", mu=saved["mu"], sigma=saved["sigma"])        # as EDM and pytorch-fid do
     theirs = run(monkeypatch, capsys, kept, "--ref", "theirs.npz")
-    assert "unknown number" in theirs.out and "theirs.npz does not say" in theirs.err
-    assert "resize" in refused(monkeypatch, capsys, kept, "--ref", kept, "--resize", "pytorch")
-    assert "resolution 0, not 8" in refused(monkeypatch, capsys, kept, "--ref", kept,
-                                            "--resolution", 8)
+    assert "against an unknown number of images of theirs.npz; resize" in theirs.out
+    assert "theirs.npz does not say" in theirs.err
+    assert "an unknown number of images of theirs.npz against 6" in run(
+        monkeypatch, capsys, "theirs.npz", "--ref", kept).out
+    assert "resize tf1, not pytorch" in refused(monkeypatch, capsys, kept, "--ref", kept,
+                                                "--resize", "pytorch")
+    assert "size 16 x 16, not 8 x 8" in refused(monkeypatch, capsys, kept, "--ref", kept,
+                                                "--resolution", 8)
 
 
-def test_a_changed_reference_is_not_taken_for_the_kept_one(folder, tmp_path, monkeypatch, capsys):
+def test_only_the_very_same_images_have_the_kept_statistics(folder, tmp_path, monkeypatch):
+    """Also where a file changes and keeps its name, size and time. A set with the same pixels has
+    them at once, and under its own name."""
     monkeypatch.chdir(tmp_path)
-    small_net(monkeypatch)
+    monkeypatch.setattr(fid, "WIDTH", 12)
+    calls = []
 
-    def reference_num():
-        return run_json(monkeypatch, capsys, folder, "--ref", folder)["reference_num"]
-    assert reference_num() == 6
-    (folder / "6.png").write_bytes(png(np.zeros((16, 16, 3), np.uint8)))
-    assert reference_num() == 7
-    (folder / "7.png").write_bytes((folder / "6.png").read_bytes()[:40])        # unreadable now
-    kept = set(Path("data").iterdir())
-    assert reference_num() == 7
-    assert set(Path("data").iterdir()) == kept and len(kept) == 2       # not kept without that file
+    def source_and_count(spec, resolution=None, resize="tf1", digest="0"):
+        def net(images, resize):
+            calls.append(resize)
+            return SmallNet()(images)
+        del calls[:]
+        stats = statistics_of(opened(str(spec), resolution), spec, folder="data", net=net,
+                              resize=resize, digest=digest, batch=100)
+        return stats["source"], stats["num"], bool(calls)
+    np.save("a.npy", pixels_of(folder))
+    assert source_and_count("a.npy") == ("a.npy", 6, True)
+    assert source_and_count("a.npy") == ("a.npy", 6, False)
+    before = os.stat("a.npy")
+    Path("other").mkdir()
+    Path("a.npy").rename("other/a.npy")
+    assert source_and_count("other/a.npy") == ("other/a.npy", 6, False)
+    np.save("a.npy", 255 - pixels_of(folder))
+    os.utime("a.npy", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert os.stat("a.npy").st_size == before.st_size
+    assert source_and_count("a.npy") == ("a.npy", 6, True)
+    for changed in (dict(resize="pytorch"), dict(digest="1"), dict(resolution=8)):
+        assert source_and_count("a.npy", **changed) == ("a.npy", 6, True)
+        assert source_and_count("a.npy", **changed) == ("a.npy", 6, False)
 
 
-def test_the_resolution_belongs_to_the_kept_statistics(sizes, tmp_path, monkeypatch, capsys):
-    """It crops and resizes samples and reference, as data.load does, in every kind of file; each
-    resolution has kept statistics of its own."""
+def test_the_resolution_is_that_of_training(sizes, tmp_path, monkeypatch, capsys):
+    """Samples and reference are cropped and resized as data.load does it for train.py."""
     monkeypatch.chdir(tmp_path)
     small_net(monkeypatch)
     images = data.load(str(sizes), 8).images                    # [N, 3, 8, 8]
     np.save("at8.npy", images.permute(0, 2, 3, 1).numpy())
     out = run(monkeypatch, capsys, "at8.npy", "--ref", sizes, "--resolution", 8)
-    assert float(re.search(r"FID (\S+)", out.out)[1]) == pytest.approx(0, abs=1e-4)
-    assert f"40 of {sizes} at 8 x 8; resize" in out.out
-    whole = run(monkeypatch, capsys, "at8.npy", "--ref", sizes).out
-    assert "8 x 8 against several sizes" in whole and " against several" not in out.out
-    whole = run_json(monkeypatch, capsys, "at8.npy", "--ref", sizes)
-    assert whole["fid"] > 1e-4 and whole["resolution"] == 0
-    assert len(list(Path("data").glob("fid-sizes-*.npz"))) == 2
-    for size in (8, 4):
-        result = run_json(monkeypatch, capsys, sizes, "--ref", sizes, "--resolution", size)
-        assert abs(result["fid"]) < 1e-9 and result["resolution"] == size
-    resized = next(read_batches("at8.npy", 4))
-    expected = [Image.fromarray(i).resize((4, 4), Image.Resampling.LANCZOS)
-                for i in np.load("at8.npy")]
-    assert np.array_equal(resized.permute(0, 2, 3, 1).numpy(), np.stack(expected))
-    np.save("grey.npy", np.load("at8.npy")[..., 0])
-    assert next(read_batches("grey.npy", 4)).shape == (40, 3, 4, 4)
+    assert out.out.startswith("FID 0.0000") and f"40 images of {sizes} at 8 x 8; resize" in out.out
+    assert "fair" not in out.err
+    np.save("at16.npy", np.repeat(np.repeat(np.load("at8.npy"), 2, 1), 2, 2))
+    assert "no fair comparison" in run(monkeypatch, capsys, "at8.npy", "--ref", "at16.npy").err
+    assert "resolution" in refused(monkeypatch, capsys, sizes, "--ref", sizes)
+    with pytest.raises(UserError, match="at16.npy has the size 16 x 16, not 8 x 8"):
+        statistics_of(opened("at16.npy"), "at16.npy", size="8 x 8", net=SmallNet(), resize="tf1",
+                      digest="0", batch=9)
+    trained = fid.statistics(images.split(7), SmallNet(), "tf1", "0", "x")
+    kept, = (np.load(f) for f in Path("data").glob("fid-sizes-*.npz"))
+    assert kept["num"] == trained["num"] == 40 and str(kept["size"]) == "8 x 8"
+    assert np.allclose(kept["mu"], trained["mu"], rtol=1e-12)
+    assert np.allclose(kept["sigma"], trained["sigma"], rtol=1e-10, atol=1e-15)
 
 
-@pytest.mark.parametrize("resolution", [8, 16])
-def test_a_reference_is_what_training_sees(sizes, resolution, tmp_path, monkeypatch):
-    """The statistics of a folder at a resolution are those of data.load, as train.py takes them."""
+def test_a_number_of_images_is_a_fixed_draw(folder):
+    """Not the first of them, which may be of one class."""
+    found = opened(str(folder))
+    seen = []
+
+    def net(images, resize):
+        seen.extend(images[:, 0, 0, 0].tolist())
+        return images[:, 0, 0].float()
+    for _ in range(2):
+        assert statistics_of(found, "a", num=4, net=net, resize="tf1", digest="0",
+                             batch=3)["num"] == 4
+    pixels = found.images[:, 0, 0, 0].tolist()
+    assert seen[:4] == seen[4:] and set(seen) < set(pixels) and seen[:4] != pixels[:4]
+
+
+def test_samples_are_not_kept(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    ours = reference_statistics(str(sizes), resolution, SmallNet(), "tf1", "f" * 64)
-    batches = data.load(str(sizes), resolution).images.split(256)
-    trained = statistics(batches, SmallNet(), "tf1", "f" * 64, "sizes")
-    assert ours["num"] == trained["num"] == 40 and ours["resolution"] == resolution
-    assert np.allclose(ours["mu"], trained["mu"], rtol=1e-12)
-    assert np.allclose(ours["sigma"], trained["sigma"], rtol=1e-10, atol=1e-15)
+    small_net(monkeypatch)
+    kept = {}
+    monkeypatch.setattr(fid, "load", lambda spec, *a, keep=True: (
+        kept.update({spec: keep}), data.load(spec, *a))[1])
+    np.save("ref.npy", pixels_of(folder))
+    run(monkeypatch, capsys, folder, "--ref", "ref.npy", "--images", 4)
+    assert kept == {str(folder): False, "ref.npy": True}
+    assert [f.name[:7] for f in Path("data").iterdir()] == ["fid-ref"]
 
 
-def test_leaves_are_a_reference_at_any_resolution(tmp_path, monkeypatch):
+def test_the_array_of_an_npz_is_named(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fid, "WIDTH", 12)
-    ours = [reference_statistics("leaves", n, SmallNet(), "tf1", "f" * 64) for n in (4, 0, 16)]
-    assert [stats["resolution"] for stats in ours] == [4, 16, 16]
-    assert len(list(Path("data").glob("fid-leaves-*.npz"))) == 2        # 0 is their own resolution
-    batches = data.load("leaves", 4).images.split(256)
-    trained = statistics(batches, SmallNet(), "tf1", "f" * 64, "leaves")
-    assert np.allclose(ours[0]["mu"], trained["mu"], rtol=1e-12)
+    small_net(monkeypatch)
+    monkeypatch.setattr(fid, "load", lambda spec, *a, **kw: data.Images(
+        data.load(str(folder)).images, torch.zeros(6, dtype=torch.long), ["all"], "x.npz: train"))
+    np.savez("x.npz", train=np.zeros(3))
+    out = run(monkeypatch, capsys, tmp_path / "x.npz", "--ref", tmp_path / "x.npz").out
+    assert f"of {tmp_path}/x.npz: train at 16 x 16" in out
 
 
-def collected(spec, num=None, batch=256):
-    return torch.cat([b.float().mean((2, 3)) for b in read_batches(spec, 0, num, batch)])
+def test_data_that_cannot_be_written_costs_nothing(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small_net(monkeypatch)
+    Path("data").write_text("a file")
+    out = run(monkeypatch, capsys, folder, "--ref", folder)
+    assert out.out.startswith("FID 0.0000") and "could not be written" in out.err
 
 
-def test_all_containers_give_the_same_images(folder, tmp_path):
-    images = pixels_of(folder)
-    np.save(tmp_path / "n.npy", images)
-    np.savez(tmp_path / "first.npz", images.transpose(0, 3, 1, 2))
-    with zipfile.ZipFile(tmp_path / "z.zip", "w") as z, tarfile.open(tmp_path / "t.tar", "w") as t:
-        for f in sorted(folder.iterdir()):
-            z.write(f, f.name)
-            t.add(f, f.name)
-    expected = torch.from_numpy(images).float().mean((1, 2))
-    names = ("n.npy", "first.npz", "z.zip", "t.tar")
-    for spec in (folder, *(tmp_path / name for name in names)):
-        torch.testing.assert_close(collected(spec), expected)
-        few = collected(spec, 4, 2)
-        assert len(few) == 4 and all((row == expected).all(1).any() for row in few)
-
-
-def test_grey_mixed_sizes_and_corrupt_images(folder, capsys):
-    (folder / "7.png").write_bytes(png(np.full((9, 5), 40, np.uint8)))
-    (folder / "8.png").write_bytes(png(np.full((9, 5), 50, np.uint8))[:50])
-    shapes = [tuple(b.shape) for b in read_batches(folder)]
-    assert shapes == [(6, 3, 16, 16), (1, 3, 9, 5)] and "skipped" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("shape, expected", [
-    ((4, 8, 6), (4, 8, 6, 1)), ((4, 8, 6, 1), (4, 8, 6, 1)), ((4, 8, 6, 3), (4, 8, 6, 3)),
-    ((4, 1, 8, 6), (4, 8, 6, 1)), ((4, 3, 8, 6), (4, 8, 6, 3)), ((4, 8, 6, 4), None),
-    ((4, 2, 8, 6), None), ((8, 6), None), ((0, 8, 6, 3), None), ((4, 0, 6, 3), None)])
-def test_arrays_of_one_or_three_channels(shape, expected, tmp_path):
-    np.save(tmp_path / "a.npy", np.zeros(shape, np.uint8))
-    if expected:
-        assert read_array(tmp_path / "a.npy").shape == expected
-    else:
-        with pytest.raises(UserError, match="not uint8 images .* of 1 or 3 channels") as e:
-            read_array(tmp_path / "a.npy")
-        assert "\n" not in str(e.value)
+def test_no_option_is_taken_by_torchrun(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fid.py", "--help"])
+    with pytest.raises(SystemExit):
+        fid.main()
+    text = capsys.readouterr().out
+    assert "transparent parts go on white" in " ".join(text.split())
+    options = set(re.findall(r"^  (--[a-z-]+)", text, re.M))
+    assert {"--images", "--ref", "--class"} <= options
+    for option in options:
+        parsed = get_args_parser().parse_args(["--nproc_per_node=2", "fid.py", option, "1"])
+        assert parsed.training_script_args == [option, "1"]
 
 
 def test_a_sigma_that_is_not_a_covariance_is_refused(tmp_path, monkeypatch):
@@ -443,7 +466,7 @@ def test_a_sigma_that_is_not_a_covariance_is_refused(tmp_path, monkeypatch):
     slightly = np.diag([1.] * 11 + [-1e-3])
     for sigma in (-np.eye(12), skewed, slightly, np.full((12, 12), 1e308) - np.eye(12) * 1e308):
         np.savez(tmp_path / "s.npz", mu=np.zeros(12), sigma=sigma)
-        with pytest.raises(UserError, match="s.npz holds a sigma that is not a covariance") as e:
+        with pytest.raises(UserError, match="s.npz holds mu .*covariance") as e:
             read_statistics(tmp_path / "s.npz")
         assert "\n" not in str(e.value)
     singular = covariance(12, 1, rank=3)
@@ -460,12 +483,15 @@ def test_what_cannot_be_scored_is_one_line(folder, weights, tmp_path, monkeypatc
     Path("broken.npz").write_bytes(b"no zip")
     Path("broken").mkdir()
     (Path("broken") / "0.png").write_bytes(b"no image")
-    np.savez("images.npz", np.zeros((4, 8, 8, 4), np.uint8))
+    np.savez("rgba.npz", np.zeros((5, 8, 8, 4), np.uint8))
     np.save("floats.npy", np.zeros((4, 8, 8, 3)))
     np.savez("small.npz", mu=np.zeros(10), sigma=np.zeros((10, 10)))
-    np.savez("objects.npz", mu=np.array([{}], dtype=object), sigma=np.zeros((2048, 2048)))
-    np.savez("wide.npz", mu=np.zeros(12, np.longdouble), sigma=np.zeros((12, 12), np.longdouble))
-    np.savez("facts.npz", mu=np.zeros(12), sigma=np.zeros((12, 12)), resolution="8")
+    np.savez("objects.npz", mu=np.array([{}], dtype=object), sigma=np.zeros((12, 12)))
+    np.savez("facts.npz", mu=np.zeros(12), sigma=np.zeros((12, 12)), num="many")
+    np.savez_compressed("bomb.npz", mu=np.zeros(12), sigma=np.zeros((3000, 3000)))
+    np.savez("features.npz", np.zeros((50, 2048), np.float32))
+    np.save("features.npy", np.zeros((50, 2048), np.float32))
+    Path("edm2.pkl").write_bytes(pickle.dumps({}))
     np.savez("good.npz", mu=np.zeros(12), sigma=np.eye(12), num=70000)
     np.savez("negative.npz", mu=np.zeros(12), sigma=-np.eye(12))
     Path("notes.txt").write_text("no archive")
@@ -474,15 +500,19 @@ def test_what_cannot_be_scored_is_one_line(folder, weights, tmp_path, monkeypatc
     np.savez("nan.npz", mu=np.full(12, np.nan), sigma=np.zeros((12, 12)))
     torch.save({"conv.weight": torch.zeros(1)}, "other.pth")
     while_computing = [
-        (["one", "--ref", folder], "one image has no covariance"),
-        (["broken", "--ref", folder], "there are no images")]
+        (["one", "--ref", folder], "one image has no covariance")]
     before = [
-        (["images.npz", "--ref", folder], "not uint8"),
-        ([folder, "--ref", "images.npz"], "not uint8"),
+        (["rgba.npz", "--ref", folder], "rgba.npz holds images of 4 channels"),
+        ([folder, "--ref", "rgba.npz"], "rgba.npz holds images of 4 channels"),
+        ([folder, "--ref", "bomb.npz"], "bomb.npz cannot be read: it unpacks to more"),
+        ([folder, "--ref", "features.npz"], "mu, their mean, and sigma, np.cov(features"),
+        ([folder, "--ref", "features.npy"], "mu, their mean, and sigma, np.cov(features"),
+        ([folder, "--ref", "edm2.pkl"], "pickle.load(open('edm2.pkl', 'rb'))['fid']"),
         (["pipe", "--ref", folder], "a device"), ([folder, "--ref", "pipe.npz"], "a device"),
         (["--ckpt", "pipe", "--ref", folder], "a device"),
         (["", "--ref", folder], "samples must not be empty"),
-        (["empty", "--ref", folder], "no images"), ([folder, "--ref", "empty"], "no images"),
+        (["empty", "--ref", folder], "empty"), ([folder, "--ref", "empty"], "empty"),
+        (["broken", "--ref", folder], "broken"),
         (["none", "--ref", folder], "does not exist"),
         ([folder, "--ref", "none"], "does not exist"),
         (["none.npy", "--ref", folder], "does not exist"),
@@ -491,24 +521,22 @@ def test_what_cannot_be_scored_is_one_line(folder, weights, tmp_path, monkeypatc
         ([folder, "--ref", "notes.txt"], "not a folder, zip or tar"),
         ([folder / "0.png", "--ref", folder], "is one image"),
         (["broken.npz", "--ref", folder], "cannot be read"),
-        (["floats.npy", "--ref", folder], "not uint8"),
-        ([folder, "--ref", "small.npz"], "not finite float [12]"),
+        (["floats.npy", "--ref", folder], "floats.npy holds floats"),
+        ([folder, "--ref", "small.npz"], "FID takes a finite mu [12]"),
         ([folder, "--ref", "objects.npz"], "cannot be read"),
-        ([folder, "--ref", "nan.npz"], "not finite"), ([folder, "--ref", "wide.npz"], "not finite"),
-        ([folder, "--ref", "facts.npz"], "unknown type"),
-        ([folder, "--ref", "negative.npz"], "not a covariance"),
+        ([folder, "--ref", "nan.npz"], "FID takes a finite mu"),
+        ([folder, "--ref", "facts.npz"], "cannot be read"),
+        ([folder, "--ref", "negative.npz"], "negative eigenvalue"),
         (["--ref", folder], "either samples or --ckpt"),
         ([folder, "--ckpt", "run/ema.pt", "--ref", folder], "either samples or --ckpt"),
         (["--ckpt", "run/ema.pt", "--ref", folder], "run/ema.pt does not exist"),
-        (["--ckpt", "run/ema.pt", "--ref", "none"], "none does not exist"),
         ([folder, "--ref", folder, "--bnr", "1"], "--bnr is for --ckpt"),
         ([folder, "--ref", folder, "--path", "blurring"], "--path is for --ckpt"),
         ([folder, "--ref", folder, "--class", "a"], "--class is for --ckpt"),
         ([folder, "--ref", folder, "--s-max", "3"], "--s-max is for --ckpt"),
-        (["good.npz", "--ref", folder, "--num", "3"], "holds statistics, and not the images"),
+        (["good.npz", "--ref", folder, "--images", "3"], "holds statistics, not the images"),
         (["--ckpt", "c", "--ref", folder, "--bnr", "1", "--path", "blurring"], "give one of them"),
         (["--ckpt", "c", "--ref", folder, "--bnr", "-1"], "--bnr must be a number of at least 0"),
-        (["--ckpt", "c", "--ref", folder, "--resolution", 8], "--resolution is for images on disk"),
         ([folder, "--ref", folder, "--resize", "lanczos"], "--resize")]
     with monkeypatch.context() as m:
         small_net(m)
@@ -521,23 +549,30 @@ def test_what_cannot_be_scored_is_one_line(folder, weights, tmp_path, monkeypatc
         assert words in refused(monkeypatch, capsys, folder, "--ref", folder, "--weights", file)
 
 
+def test_the_line_about_edm2s_statistics_works(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small_net(monkeypatch)
+    gaussian = {"mu": np.zeros(12), "sigma": np.eye(12)}
+    Path("edm2.pkl").write_bytes(pickle.dumps({"fid": gaussian, "fd_dinov2": {}}))
+    line = refused(monkeypatch, capsys, folder, "--ref", "edm2.pkl")
+    exec(re.search(r"np.savez\(.*\)", line)[0], {"np": np, "pickle": pickle})
+    assert "of x.npz" in run(monkeypatch, capsys, folder, "--ref", "x.npz").out
+
+
 def test_weights_are_fetched_checked_and_kept(
         weights, tmp_path, monkeypatch, server):  # noqa: F811
     handler, url = server
-    url = url.replace("cifar.tar.gz", "w.pth")
-    monkeypatch.setattr(fid, "WEIGHTS_URL", url)
+    monkeypatch.setattr(inception, "WEIGHTS_URL", url.replace("cifar.tar.gz", "w.pth"))
     handler.body = Path(weights).read_bytes()
-    with pytest.raises(UserError, match="does not have the sha256 6726825d.*--weights"):
+    with pytest.raises(UserError, match="6726825d.*--weights"):         # that of the published file
         load_inception(folder=tmp_path)
-    assert [f.name for f in tmp_path.iterdir()] == ["w.pth.bad"]
+    assert not (tmp_path / "w.pth").exists()
     digest = hashlib.sha256(handler.body).hexdigest()
-    monkeypatch.setattr(fid, "WEIGHTS_SHA256", digest[:8])
+    monkeypatch.setattr(inception, "WEIGHTS_SHA256", digest[:8])
     assert load_inception(folder=tmp_path)[1] == digest
+    monkeypatch.setattr(inception, "WEIGHTS_URL", "http://127.0.0.1:9/w.pth")
+    assert load_inception(folder=tmp_path)[1] == digest         # not fetched again
     (tmp_path / "w.pth").unlink()
-    handler.length, handler.body = len(handler.body), handler.body[:100_000]
-    with pytest.raises(UserError, match="cannot fetch w.pth .*connection was lost"):
-        load_inception(folder=tmp_path)
-    monkeypatch.setattr(fid, "WEIGHTS_URL", "http://127.0.0.1:9/w.pth")
     with pytest.raises(UserError) as e:
         load_inception(folder=tmp_path)
     message = str(e.value)
@@ -546,36 +581,30 @@ def test_weights_are_fetched_checked_and_kept(
     assert not (tmp_path / "w.pth").exists()
 
 
-def test_the_published_file_is_asked_for():
-    assert fid.WEIGHTS_URL.endswith("/pt_inception-2015-12-05-6726825d.pth")
-    assert fid.WEIGHTS_SHA256 == "6726825d"
-
-
 # The command line on checkpoints
 
-def test_a_checkpoint_is_sampled_and_scored(tmp_path, monkeypatch, capsys):
-    """Three draws from seeds of their own, equal to scoring the same seeds' PNGs; and the same FID
-    during training."""
+def test_a_checkpoint_is_sampled_and_scored(sizes, tmp_path, monkeypatch, capsys):
+    """Three draws from seeds of their own, equal to scoring the same seeds' PNGs. The reference is
+    prepared for the model's resolution."""
     monkeypatch.chdir(tmp_path)
     small_net(monkeypatch)
-    lines = train_a_model(monkeypatch, capsys)
-    np.save("ref.npy", data.load("leaves", 8).images.permute(0, 2, 3, 1).numpy())
-    options = ["--ckpt", "run/ema.pt", "--num", 20, "--steps", 3, "--batch", 7]
+    train_a_model("run", "--data", sizes)
+    np.save("ref.npy", data.load(str(sizes), 8).images.permute(0, 2, 3, 1).numpy())
+    options = ["--ckpt", "run/ema.pt", "--images", 20, "--steps", 3, "--batch", 7]
     result = run_json(monkeypatch, capsys, *options, "--ref", "ref.npy")
     draws = result["draws"]
     assert len(draws) == 3 and len(set(draws)) == 3 and result["fid"] == min(draws)
     assert result["mean"] == pytest.approx(np.mean(draws))
     assert result["std"] == pytest.approx(np.std(draws, ddof=1))
-    assert result["resolution"] == 8 and result["nfe"] == 5 and "colour" not in result
-    assert [line["kimg"] for line in lines if "fid" in line] == [0.128, 0.256]
-    assert lines[-1]["fid"] == pytest.approx(draws[0], abs=2e-4)
-    leaves = run_json(monkeypatch, capsys, *options, "--ref", "leaves")
-    assert leaves["draws"] == pytest.approx(draws, rel=1e-6)    # made at the model's resolution
-    out = run(monkeypatch, capsys, *options, "--ref", "leaves", "--draws", 1).out.splitlines()
-    assert out[0].startswith(f"draws {draws[0]:.4f}; lowest") and "+-" not in out[0]
-    assert out[1] == "sampler heun, 3 steps, NFE 5, no churn, fp32"
-    assert out[2] == (f"FID {draws[0]:.4f}   20 images of run/ema.pt against 16,384 of leaves at "
-                      "8 x 8; resize tf1, weights ffffffff")
+    assert result["size"] == "8 x 8" and result["nfe"] == 5 and "colour" not in result
+    out = run(monkeypatch, capsys, *options, "--ref", sizes, "--draws", 1)
+    assert f"draw 1 of 1: FID {draws[0]:.4f}" in out.err
+    lines = out.out.splitlines()
+    assert lines[0].startswith(f"draws {draws[0]:.4f}; lowest") and "+-" not in lines[0]
+    assert lines[1].startswith("sampler: solver heun, steps 3, nfe 5, churn 0.0")
+    assert lines[1].endswith("precision fp32")
+    assert lines[2] == (f"FID {draws[0]:.4f}   20 images of run/ema.pt at 8 x 8 against 40 images "
+                        f"of {sizes} at 8 x 8; resize tf1, weights ffffffff")
     monkeypatch.setattr(sys, "argv", "sample.py --ckpt run/ema.pt --seeds 20-39 --steps 3 --device "
                                      "cpu".split())
     sample.main()
@@ -584,69 +613,87 @@ def test_a_checkpoint_is_sampled_and_scored(tmp_path, monkeypatch, capsys):
     assert drawn["fid"] == pytest.approx(draws[1], rel=1e-4)
 
 
-def test_a_folder_as_reference_gives_the_fid_of_training(sizes, tmp_path, monkeypatch, capsys):
-    """Its images, of many sizes, are cropped and resized to the model's resolution."""
+def test_a_network_for_any_ratio_is_scored_at_each(sizes, tmp_path, monkeypatch, capsys):
+    """--bnr prints a line a ratio, or a JSON list; each is the FID of that ratio."""
     monkeypatch.chdir(tmp_path)
     small_net(monkeypatch)
-    lines = train_a_model(monkeypatch, capsys, "--data", sizes)
-    result = run_json(monkeypatch, capsys, "--ckpt", "run/ema.pt", "--ref", sizes, "--num", 20,
-                      "--draws", 1)
-    assert lines[-1]["fid"] == pytest.approx(result["fid"], abs=2e-4)
-    assert result["resolution"] == 8 and result["std"] is None
-    with zipfile.ZipFile("sizes.zip", "w") as z:
-        for f in sizes.iterdir():
-            z.write(f, f.name)
-    zipped = run_json(monkeypatch, capsys, "--ckpt", "run/ema.pt", "--ref", "sizes.zip", "--num",
-                      20, "--draws", 1)
-    assert zipped["fid"] == pytest.approx(result["fid"], rel=1e-9)
-
-
-def test_a_network_for_any_ratio_is_scored_at_each(tmp_path, monkeypatch, capsys):
-    """--bnr prints a table, a row a ratio, or a JSON list; each row is the FID of that ratio."""
-    monkeypatch.chdir(tmp_path)
-    small_net(monkeypatch)
-    lines = train_a_model(monkeypatch, capsys, "--bnr", "any", "--duration", 0.128)
-    options = ["--ckpt", "run/ema.pt", "--ref", "leaves", "--num", 20, "--draws", 2]
+    train_a_model("run", "--data", sizes, "--bnr", "any")
+    options = ["--ckpt", "run/ema.pt", "--ref", sizes, "--images", 20, "--draws", 2, "--steps", 3]
     results = run_json(monkeypatch, capsys, *options, "--bnr", 0, 0.5, 10)
     assert [r["bnr"] for r in results] == [0, 0.5, 10]
     assert len({r["fid"] for r in results}) == 3 and all(len(r["draws"]) == 2 for r in results)
     single = run_json(monkeypatch, capsys, *options)            # 0.5 is the default
-    assert "bnr" not in single
-    assert {**single, "bnr": 0.5} == results[1] == run_json(monkeypatch, capsys, *options, "--bnr",
-                                                            0.5)[0]
-    assert lines[-1]["fid"] == pytest.approx(single["draws"][0], abs=2e-4)
+    assert {**single, "bnr": 0.5} == results[1]
     blurring = run_json(monkeypatch, capsys, *options, "--path", "blurring")
     assert blurring["path"] == "blurring" and blurring["fid"] not in [r["fid"] for r in results]
 
-    out = run(monkeypatch, capsys, *options, "--bnr", 0, 0.5, 10).out.splitlines()
-    assert out[0].split() == ["BNR", "lowest", "mean", "std"] and len(out) == 6
-    for line, r in zip(out[1:4], results):
-        assert line.split() == [f"{r['bnr']:g}",
-                                *(f"{r[name]:.4f}" for name in ("fid", "mean", "std"))]
-    assert out[4] == "sampler heun, 3 steps, NFE 5, no churn, fp32"
-    assert out[5] == ("FID of 20 images of run/ema.pt against 16,384 of leaves at 8 x 8; resize "
-                      "tf1, weights ffffffff")
-    one = run(monkeypatch, capsys, *options[:-1], 1, "--bnr", 2).out.splitlines()
-    assert len(one) == 4 and one[1].split()[::3] == ["2", "-"]
+    out = run(monkeypatch, capsys, *options, "--bnr", 0, 10).out.splitlines()
+    assert len(out) == 4
+    for line, r in zip(out, (results[0], results[2])):
+        assert line == (f"BNR {r['bnr']:g}: draws {r['draws'][0]:.4f}, {r['draws'][1]:.4f}; lowest "
+                        f"{r['fid']:.4f} (the paper's convention), mean {r['mean']:.4f} +- "
+                        f"{r['std']:.4f}")
+    assert out[3].startswith("FID of 20 images of run/ema.pt at 8 x 8 against 40 images of")
     monkeypatch.setattr(fid, "load_inception", lambda *a: pytest.fail("not checked first"))
     assert "ratios from 0 to 10" in refused(monkeypatch, capsys, *options, "--bnr", 1, 11)
+
+
+def test_classes_are_drawn_as_often_as_the_data_have_them(tmp_path, monkeypatch, capsys):
+    """As a checkpoint counts them; one without counts draws them evenly."""
+    class Net(torch.nn.Module):
+        classes = 2
+
+        def forward(self, x, alpha, sigma, label):              # class 1 is white
+            return (2. * label - 1)[:, None, None, None].expand_as(x), torch.zeros_like(x)
+
+    def white(counts, first=0):
+        batches = fid.drawn_batches(Net(), ConstantBNR(0), (3, 4, 4), first, 300, "cpu", 64,
+                                    steps=3, solver="euler", counts=counts)
+        return sum(int((images[:, 0, 0, 0] > 127).sum()) for images in batches)
+    assert abs(white([270, 30]) - 30) <= 3 and abs(white([270, 30], 300) - 30) <= 3
+    assert white(None) == 150
+
+    monkeypatch.chdir(tmp_path)
+    small_net(monkeypatch)
+    images = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8)
+    labels = torch.tensor([1] * 5 + [0] * 15)
+    sets = data.Images(images, labels, ["a", "b"], "ours")
+    train_a_model("run", "--cond", data=sets)
+    np.save("ref.npy", images.numpy())
+    counts = []
+    monkeypatch.setattr(fid, "generate", lambda *a, **options: (
+        counts.append(options["counts"]), sample.generate(*a, **options))[1])
+    options = "--ref", "ref.npy", "--images", 4, "--draws", 1, "--steps", 1
+    result = run_json(monkeypatch, capsys, "--ckpt", "run/ema.pt", *options)
+    assert "counts" not in result
+    checkpoint = torch.load("run/ema.pt", weights_only=True)
+    del checkpoint["data"]["counts"]
+    torch.save(checkpoint, "old.pt")
+    run(monkeypatch, capsys, "--ckpt", "old.pt", *options)
+    assert counts == [[15, 5], None]
 
 
 def test_models_that_cannot_be_scored(tmp_path, monkeypatch, capsys):
     """One line, before the weights are loaded."""
     monkeypatch.chdir(tmp_path)
-    small = "--device cpu --resolution 8 --attention 4 --duration 0.016 --sample-steps 1".split()
-    train.train(train.options([*small, "--out", "half"]))
-    latents = data.Images(torch.randn(32, 4, 8, 8), torch.zeros(32, dtype=torch.long), ["x"], "x")
-    train.train(train.options([*small, "--out", "latents"]), data=latents)
-    np.savez("at16.npz", mu=np.zeros(12), sigma=np.eye(12), resolution=16, resize="tf1")
-    capsys.readouterr()
+    for out, channels in (("half", 3), ("four", 4)):
+        images = torch.randint(0, 256, (32, channels, 8, 8), dtype=torch.uint8)
+        labels = torch.zeros(32, dtype=torch.long)
+        train_a_model(out, data=data.Images(images, labels, ["x"], "x"))
+    checkpoint = torch.load("half/ema.pt", weights_only=True)
+    checkpoint["data"]["latents"] = True
+    torch.save(checkpoint, "latents.pt")
+    np.savez("at16.npz", mu=np.zeros(12), sigma=np.eye(12), size="16 x 16", resize="tf1")
     small_net(monkeypatch)
     words = refused(monkeypatch, capsys, "--ckpt", "half/ema.pt", "--ref", "at16.npz")
-    assert "at16.npz was made with resolution 16, not 8" in words
+    assert "at16.npz has the size 16 x 16, not 8 x 8" in words
+    words = refused(monkeypatch, capsys, "--ckpt", "half/ema.pt", "--ref", "leaves", "--resolution",
+                    4)
+    assert "leaves has the size 4 x 4, not 8 x 8" in words
     monkeypatch.setattr(fid, "load_inception", lambda *a: pytest.fail("not checked first"))
-    words = refused(monkeypatch, capsys, "--ckpt", "latents/ema.pt", "--ref", "leaves")
-    assert "latents/ema.pt makes images of 4 channels: FID needs 1 or 3" in words
+    for name, kind in (("four/ema.pt", "images of 4 channels"), ("latents.pt", "floats")):
+        words = refused(monkeypatch, capsys, "--ckpt", name, "--ref", "leaves")
+        assert f"{name} makes {kind}: FID needs" in words
     for option in ("--bnr 1", "--path blurring"):
         words = refused(monkeypatch, capsys, "--ckpt", "half/ema.pt", "--ref", "leaves",
                         *option.split())

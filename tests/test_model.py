@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 from degrade import BlurringPath, ColdPath, ConstantBNR, blur
 from exact import gaussian_images, power_law
-from model import (Attention, Block, Denoiser, NoiseDenoiser, UNet, X0Denoiser, build, residual_std,
-                   sinusoids)
+from model import (Attention, Block, Denoiser, NoiseDenoiser, UNet, X0Denoiser, build, load_model,
+                   residual_std, sinusoids, start_from)
+from util import UserError
 
 SMALL = dict(channels=16, mult=(1, 2), blocks=1, attention=(8,), resolution=16)
 
@@ -275,18 +276,67 @@ def test_any_channels_and_images_that_are_not_square(channels, h, w):
 
 
 def test_augmentation_and_class_are_passed_on():
-    net, augment, label = Denoiser(Answer(6)), torch.ones(2, 9), torch.tensor([1, 0])
-    net(torch.zeros(2, 3, 8, 8), 0.5, 1., augment, label)
-    assert net.unet.asked[2] is augment and net.unet.asked[3] is label and not net.unet.ratio
+    unet, augment, label = Answer(6), torch.ones(2, 9), torch.tensor([1, 0])
+    unet.classes = 2
+    Denoiser(unet)(torch.zeros(2, 3, 8, 8), 0.5, 1., augment, label)
+    assert unet.asked[2] is augment and unet.asked[3] is label and not unet.ratio
 
 
-def test_wrong_sizes_are_named():
+def test_labels_are_for_networks_with_classes_and_only_for_them():
+    x, label, unet = torch.zeros(2, 3, 8, 8), torch.tensor([1, 0]), Answer(6)
+    with pytest.raises(UserError, match="has no classes, and it was called with labels"):
+        Denoiser(unet)(x, 0.5, 1., label=label)
+    unet.classes = 2
+    with pytest.raises(UserError, match="has 2 classes, and it was called without labels"):
+        Denoiser(unet)(x, 0.5, 1.)
+
+
+class Fixed(torch.nn.Module):
+    """A unet that answers this, whatever it is asked."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x, c_noise, augment=None, label=None):
+        return self.answer
+
+
+@pytest.mark.parametrize("kind, shape", [(Denoiser, (2, 3, 8, 8)), (X0Denoiser, (2, 6, 8, 8)),
+                                         (Denoiser, (1, 6, 8, 8)), (Denoiser, (2, 6, 1, 8)),
+                                         (X0Denoiser, (1, 3, 1, 1)), (Denoiser, (2, 6, 8, 9))])
+def test_an_output_of_another_shape_is_refused(kind, shape):
+    """Also one that would only broadcast."""
+    words = rf"must be \[2, {3 * kind.heads}, 8, 8\], for {kind.heads} heads on 3 channels, and " \
+            rf"not \[{', '.join(map(str, shape))}\]"
+    with pytest.raises(UserError, match=words):
+        kind(Fixed(torch.zeros(shape)))(torch.zeros(2, 3, 8, 8), 0.5, 1.)
+
+
+def test_an_output_that_is_not_a_tensor_is_refused():
+    with pytest.raises(UserError, match="must be .* not dict"):         # as diffusers' models do
+        Denoiser(Fixed({"sample": torch.zeros(2, 6, 8, 8)}))(torch.zeros(2, 3, 8, 8), 0.5, 1.)
+
+
+def test_images_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="15 x 16 do not divide by 2"):
         UNet(3, 6, **SMALL)(torch.zeros(1, 3, 15, 16), torch.zeros(1))
-    for kind, given, words in ((Denoiser, 3, "2 heads on 3 channels need 6 .* not 3"),
-                               (X0Denoiser, 6, "1 heads on 3 channels need 3 .* not 6")):
-        with pytest.raises(ValueError, match=words):
-            kind(UNet(3, given, **SMALL))(torch.zeros(1, 3, 16, 16), 0.5, 1.)
+
+
+@pytest.mark.parametrize("kind, path", [(Denoiser, ConstantBNR(0.5)), (X0Denoiser, ColdPath()),
+                                        (NoiseDenoiser, ConstantBNR(0))])
+def test_nothing_is_left_on_the_cpu(kind, path):
+    """Forward and backward as on a GPU: torch's device "meta" has shapes without numbers, and
+    refuses a tensor of another device."""
+    with torch.device("meta"):
+        net = kind(UNet(3, 3 * kind.heads, **SMALL, augment_dim=9, classes=5, ratio=True))
+        x, augment, label = torch.zeros(2, 3, 16, 16), torch.zeros(2, 9), torch.zeros(2).long()
+        t = torch.ones(2)
+    for level in (t, 0.5):
+        net.zero_grad()
+        d, r = net(x, *path.levels(level), augment, label)
+        (d.sum() + r.sum()).backward()
+        assert d.is_meta and r.is_meta and all(p.grad.is_meta for p in net.parameters())
 
 
 def test_bf16_autocast_leaves_the_preconditioning_alone():
@@ -342,7 +392,7 @@ CONFIG = {"bnr": 2., "sigma_data": 0.3,
 def test_a_config_builds_what_it_says():
     net = build(CONFIG)
     assert type(net) is Denoiser and net.sigma_data == 0.3 and net.classes == 0
-    assert (net.unet.out_channels, net.unet.encoder[0].dropout) == (2, 0.2)
+    assert (net.unet.last.out_channels, net.unet.encoder[0].dropout) == (2, 0.2)
     assert not net.told_ratio
     more = {"ratio": True, "classes": 3, "out_channels": 1}
     net = build({**CONFIG, "param": "x0", "unet": {**CONFIG["unet"], **more}})
@@ -355,8 +405,112 @@ def test_a_config_that_makes_no_sense_is_refused():
     for config, error, words in (({**CONFIG, "sigma_data": 0}, ValueError, "sigma_data"),
                                  ({**CONFIG, "param": "score"}, KeyError, "score"),
                                  ({**CONFIG, "param": "x0"}, ValueError, "1 times in_channels"),
-                                 ({**CONFIG, "blind": True}, ValueError, "blind"),
-                                 ({**CONFIG, "unet": {**unet, "blocks": 2.}}, ValueError, "blocks"),
-                                 ({**CONFIG, "unet": {**unet, "mult": (99,)}}, ValueError, "mult")):
+                                 ({**CONFIG, "unet": {**unet, "blocks": 99}}, ValueError, "blocks"),
+                                 ({**CONFIG, "unet": {**unet, "mult": [1] * 13}}, ValueError,
+                                  "mult")):
         with pytest.raises(error, match=words):
             build(config)
+
+
+# Checkpoints
+
+def saved(file, net, param="residual", own=False, sigma_data=0.5, **unet):
+    """A checkpoint of the network with these keywords, as train.py saved them at first."""
+    config = {"bnr": 0.5, "param": param, "sigma_data": sigma_data,
+              "unet": None if own else {"in_channels": 3, **SMALL, **unet}}
+    facts = {"name": "mine", "shape": [3, 16, 16], "classes": ["cat", "dog", "owl"]}
+    torch.save({"weights": net.state_dict(), "config": config, "data": facts, "seen": 7,
+                "options": {"data": "mine", "resolution": 0, "sample_steps": 18}}, file)
+    return file
+
+
+def test_a_checkpoint_loads_as_its_network(tmp_path):
+    torch.manual_seed(0)
+    old = shaken(X0Denoiser(UNet(3, 3, **SMALL, dropout=0.5, classes=3), sigma_data=0.3))
+    file = saved(tmp_path / "ema.pt", old, "x0", out_channels=3, dropout=0.5, classes=3,
+                 sigma_data=0.3)
+    net, checkpoint = load_model(file)
+    x, label = torch.randn(2, 3, 16, 16), torch.tensor([2, 0])
+    torch.testing.assert_close(net(x, 0.5, 1., label=label), old(x, 0.5, 1., label=label))
+    assert type(net) is X0Denoiser and checkpoint["seen"] == 7 and net.sigma_data == 0.3
+    assert not any(p.requires_grad for p in net.parameters())
+
+
+class Own(torch.nn.Module):
+    """Somebody's own network. It counts in an integer, and its dropout must be off in sampling."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Conv2d(3, width, 1), torch.nn.BatchNorm2d(width),
+                                          torch.nn.Dropout(0.5), torch.nn.Conv2d(width, 6, 1))
+
+    def forward(self, x, c_noise, augment=None, label=None):
+        return self.layers(x)
+
+
+def test_a_network_of_ones_own_loads_and_starts_another(tmp_path):
+    old, x = Denoiser(Own(), sigma_data=0.3), torch.randn(2, 3, 16, 16)
+    old.train()(x, 0.5, 1.)                                     # moves the buffers
+    expected = old.eval()(x, 0.5, 1.)
+    file = saved(tmp_path / "ema.pt", old, own=True, sigma_data=0.3)
+    with pytest.raises(UserError, match="not a model of this project's own network: .* as net"):
+        load_model(file)
+    given = Denoiser(Own())                                     # whose sigma_data is another
+    net, _ = load_model(file, net=given)
+    assert net is given and not net.training and net.unet.layers[1].num_batches_tracked == 1
+    torch.testing.assert_close(net(x, 0.5, 1.), expected)
+    with pytest.raises(UserError, match="do not fit its network: .*size mismatch"):
+        load_model(file, net=Denoiser(Own(5)))
+
+    new = Denoiser(Own(), sigma_data=0.3)
+    start_from(new, file)
+    assert new.training and all(p.requires_grad for p in new.parameters())
+    torch.testing.assert_close(new.eval()(x, 0.5, 1.), expected)
+    for other in (Denoiser(Own()), Denoiser(UNet(3, 6, **SMALL))):
+        with pytest.raises(UserError, match="does not fit this network: .*sigma_data|own network"):
+            start_from(other, file)
+
+
+def test_layers_that_are_new_add_nothing_at_first(tmp_path):
+    torch.manual_seed(0)
+    old = shaken(Denoiser(UNet(3, 6, **SMALL)))
+    file = saved(tmp_path / "ema.pt", old, out_channels=6)
+    net = shaken(Denoiser(UNet(3, 6, **SMALL, augment_dim=9, classes=2, ratio=True)))
+    start_from(net, file, ["cat", "fox"])
+    x, augment, label = torch.randn(2, 3, 16, 16), torch.randn(2, 9), torch.tensor([0, 1])
+    torch.testing.assert_close(net(x, 2., 1., augment, label), old(x, 2., 1.))
+
+
+def test_a_layer_for_augmentation_may_be_left_out(tmp_path):
+    torch.manual_seed(0)
+    old, net = shaken(Denoiser(UNet(3, 6, **SMALL, augment_dim=9))), Denoiser(UNet(3, 6, **SMALL))
+    start_from(net, saved(tmp_path / "ema.pt", old, out_channels=6, augment_dim=9))
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(net(x, 2., 1.), old(x, 2., 1.))
+
+
+def test_classes_start_by_name_and_a_new_one_as_the_mean(tmp_path):
+    torch.manual_seed(0)
+    old = shaken(Denoiser(UNet(3, 6, **SMALL, classes=3)))
+    file = saved(tmp_path / "ema.pt", old, out_channels=6, classes=3)
+    net = Denoiser(UNet(3, 6, **SMALL, classes=4))
+    start_from(net, file, ["owl", "fox", "cat", "dog"])
+    x, c_noise = torch.randn(4, 3, 8, 8), torch.zeros(4)
+    cat, dog, owl = embeddings(old.unet, x[:3], c_noise[:3], label=torch.arange(3))
+    expected = torch.stack([owl, (cat + dog + owl) / 3, cat, dog])
+    torch.testing.assert_close(embeddings(net.unet, x, c_noise, label=torch.arange(4)), expected)
+
+
+@pytest.mark.parametrize("old, new, words", [
+    ({}, {"channels": 24}, "size mismatch"), ({}, {"blocks": 2}, "Missing key"),
+    ({"ratio": True}, {}, "unet.from_ratio"), ({"classes": 3}, {}, "unet.from_label")])
+def test_what_does_not_fit_is_named(tmp_path, old, new, words):
+    file = saved(tmp_path / "ema.pt", Denoiser(UNet(3, 6, **{**SMALL, **old})), out_channels=6,
+                 **old)
+    nets = {words: Denoiser(UNet(3, 6, **{**SMALL, **new})),
+            "--param or sigma_data": NoiseDenoiser(UNet(3, 6, **SMALL)),
+            "is another": Denoiser(UNet(3, 6, **SMALL), sigma_data=0.3)}
+    for reason, net in nets.items():
+        with pytest.raises(UserError, match=rf"ema.pt does not fit this network: .*{reason}.*; its "
+                                            "config is .*'channels': 16"):
+            start_from(net, file)

@@ -1,0 +1,180 @@
+"""The network of the FID: TensorFlow's Inception-v3 of 2015-12-05, with the names of its published
+PyTorch port, so that the published weights load as they are. fid.py uses it.
+"""
+import hashlib
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from util import UserError, fetch, refuse_special
+
+WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+               "pt_inception-2015-12-05-6726825d.pth")
+WEIGHTS_SHA256 = "6726825d"                     # its first digits
+WIDTH = 2048                                    # features of an image
+
+
+class InceptionV3(nn.Module):
+    """The FID network: uint8 [B, 1 or 3, H, W] -> float32 features [B, 2048].
+
+    resize: how images come to 299 x 299, bilinear. "tf1" is the original's: source pixel = target
+    pixel * size / 299. "pytorch" is pytorch-fid's: with half-pixel centres.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = Conv(3, 32, 3, 2, 0), Conv(32, 32, 3, 1, 0)
+        self.Conv2d_2b_3x3, self.Conv2d_3b_1x1 = Conv(32, 64, 3), Conv(64, 80)
+        self.Conv2d_4a_3x3, self.Mixed_5b = Conv(80, 192, 3, 1, 0), InceptionA(192, 32)
+        self.Mixed_5c, self.Mixed_5d = InceptionA(256, 64), InceptionA(288, 64)
+        self.Mixed_6a, self.Mixed_6b = InceptionB(), InceptionC(128)
+        self.Mixed_6c, self.Mixed_6d = InceptionC(160), InceptionC(160)
+        self.Mixed_6e, self.Mixed_7a = InceptionC(192), InceptionD()
+        self.Mixed_7b, self.Mixed_7c = InceptionE(1280, average_pool), InceptionE(2048, max_pool)
+        self.fc = nn.Linear(2048, 1008)                         # in the file; FID does not use it
+
+    def forward(self, images, resize="tf1"):
+        if images.dtype != torch.uint8 or images.shape[1] not in (1, 3):
+            raise UserError("FID needs uint8 images of 1 or 3 channels, not "
+                            f"{images.dtype} of {images.shape[1]}".replace("torch.", ""))
+        x = images.to(self.fc.weight.device).float().expand(-1, 3, -1, -1)
+        if resize == "tf1":
+            x = (resize_tf1_along(resize_tf1_along(x, 2), 3) - 128) / 128
+        elif resize == "pytorch":
+            x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) * (2 / 255) - 1
+        else:
+            raise ValueError(f"resize must be tf1 or pytorch, not {resize}")
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.contiguous(memory_format=torch.channels_last)                 # [B, 3, 299, 299]
+            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))   # [B, 64, 147, 147]
+            x = F.max_pool2d(x, 3, 2)                                           # [B, 64, 73, 73]
+            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))                       # [B, 192, 71, 71]
+            x = F.max_pool2d(x, 3, 2)                                           # [B, 192, 35, 35]
+            x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))                  # [B, 288, 35, 35]
+            x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))                  # [B, 768, 17, 17]
+            x = self.Mixed_6e(self.Mixed_6d(x))                                 # [B, 768, 17, 17]
+            x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))                  # [B, 2048, 8, 8]
+            return x.mean((2, 3))                                               # [B, 2048]
+
+
+def resize_tf1_along(x, dim, size=299):
+    """TensorFlow 1's bilinear resize of one dimension: no half-pixel centres; the right neighbour
+    of the last pixel is that pixel."""
+    n = x.shape[dim]
+    source = torch.arange(size, device=x.device) * (n / size)
+    left = source.long().clamp(max=n - 1)
+    right = (left + 1).clamp(max=n - 1)
+    share = (source - left).reshape([size if d == dim else 1 for d in range(x.ndim)])
+    return torch.lerp(x.index_select(dim, left), x.index_select(dim, right), share)
+
+
+average_pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+max_pool = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+half_size_pool = partial(F.max_pool2d, kernel_size=3, stride=2)
+
+
+class Conv(nn.Module):
+    """Convolution, batch norm, ReLU. size: a number or (height, width)."""
+
+    def __init__(self, cin, cout, size=1, stride=1, padding=None):
+        super().__init__()
+        h, w = (size, size) if isinstance(size, int) else size
+        padding = (h // 2, w // 2) if padding is None else padding
+        self.conv = nn.Conv2d(cin, cout, (h, w), stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(cout, eps=0.001)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+class Branches(nn.Module):
+    """Branches side by side, concatenated. branches: lists of layers; a tuple in them holds layers
+    that share their input. The published file numbers the convolutions of a branch that has
+    several: branch_1, branch_2a and branch_2b in a tuple.
+    """
+
+    def __init__(self, **branches):
+        super().__init__()
+        self.branches = list(branches.values())
+        for name, layers in branches.items():
+            convs = [layer for layer in layers if isinstance(layer, (Conv, tuple))]
+            for i, conv in enumerate(convs, 1):
+                number = f"_{i}" if len(convs) > 1 else ""
+                for letter, layer in zip("ab", conv) if isinstance(conv, tuple) else [("", conv)]:
+                    self.add_module(name + number + letter, layer)
+
+    def forward(self, x):
+        return torch.cat([self.run(layers, x) for layers in self.branches], 1)
+
+    def run(self, layers, x):
+        for layer in layers:
+            x = torch.cat([f(x) for f in layer], 1) if isinstance(layer, tuple) else layer(x)
+        return x
+
+
+class InceptionA(Branches):
+    def __init__(self, cin, pooled):
+        super().__init__(
+            branch1x1=[Conv(cin, 64)],
+            branch5x5=[Conv(cin, 48), Conv(48, 64, 5)],
+            branch3x3dbl=[Conv(cin, 64), Conv(64, 96, 3), Conv(96, 96, 3)],
+            branch_pool=[average_pool, Conv(cin, pooled)])
+
+
+class InceptionB(Branches):
+    def __init__(self):
+        super().__init__(
+            branch3x3=[Conv(288, 384, 3, 2, 0)],
+            branch3x3dbl=[Conv(288, 64), Conv(64, 96, 3), Conv(96, 96, 3, 2, 0)],
+            branch_pool=[half_size_pool])
+
+
+class InceptionC(Branches):
+    def __init__(self, c):
+        super().__init__(
+            branch1x1=[Conv(768, 192)],
+            branch7x7=[Conv(768, c), Conv(c, c, (1, 7)), Conv(c, 192, (7, 1))],
+            branch7x7dbl=[Conv(768, c), Conv(c, c, (7, 1)), Conv(c, c, (1, 7)),
+                          Conv(c, c, (7, 1)), Conv(c, 192, (1, 7))],
+            branch_pool=[average_pool, Conv(768, 192)])
+
+
+class InceptionD(Branches):
+    def __init__(self):
+        super().__init__(
+            branch3x3=[Conv(768, 192), Conv(192, 320, 3, 2, 0)],
+            branch7x7x3=[Conv(768, 192), Conv(192, 192, (1, 7)), Conv(192, 192, (7, 1)),
+                         Conv(192, 192, 3, 2, 0)],
+            branch_pool=[half_size_pool])
+
+
+class InceptionE(Branches):
+    def __init__(self, cin, pool):          # the original's two blocks have different pools
+        super().__init__(
+            branch1x1=[Conv(cin, 320)],
+            branch3x3=[Conv(cin, 384), (Conv(384, 384, (1, 3)), Conv(384, 384, (3, 1)))],
+            branch3x3dbl=[Conv(cin, 448), Conv(448, 384, 3),
+                          (Conv(384, 384, (1, 3)), Conv(384, 384, (3, 1)))],
+            branch_pool=[pool, Conv(cin, 192)])
+
+
+def load_inception(weights=None, device="cpu", folder="data"):
+    """The network and the SHA-256 of its weights file, which is fetched once into folder.
+    weights: instead, a file of the same layout. Raises UserError."""
+    name = WEIGHTS_URL.rsplit("/", 1)[1]
+    path = Path(weights or fetch(WEIGHTS_URL, Path(folder, name), "sha256", WEIGHTS_SHA256,
+                                 "or name a file with --weights"))
+    refuse_special(path)
+    net = InceptionV3()
+    try:
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except Exception as e:                                      # zip, pickle and torch differ
+        raise UserError(f"{path} does not have the layout of the published weights: "
+                        f"{' '.join(str(e).split())[:200]}") from None
+    net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return net, hashlib.sha256(path.read_bytes()).hexdigest()
