@@ -18,7 +18,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -138,12 +138,12 @@ def load(spec, resolution=None, folder="data", keep=True):
         found = json.loads(kept.with_suffix(".json").read_text())
     except (OSError, ValueError, EOFError):                     # the first time
         images, found = decode_all(path, paths, array, resolution, kept if keep else None)
-    for line in found["said"]:
+    for line in found.pop("said"):
         warn(f"{path}: {line}")
-    images = torch.from_numpy(images.reshape(-1)[:math.prod(found["shape"])])
-    return Images(images.reshape(found["shape"]), torch.tensor(found["labels"]), found["classes"],
-                  "cifar10" if spec == "cifar10" else found["name"], found["skipped"],
-                  no_classes=found["no_classes"])
+    shape, labels = found.pop("shape"), torch.tensor(found.pop("labels"))
+    images = torch.from_numpy(images.reshape(-1)[:math.prod(shape)].reshape(shape))
+    found["name"] = spec if spec == "cifar10" else found["name"]
+    return Images(images, labels, **found)
 
 
 # Batches
@@ -290,15 +290,20 @@ def load_leaves(resolution, folder, n=16384):
 def decode_all(path, paths, array, resolution, kept):
     """An array that begins with the images that path holds, sorted by name, and what is known of
     them, for JSON. From KEEP_FROM bytes on they are in the file `kept`."""
-    with readable(path):
-        name, names, members, class_of, left = (
-            array_source(path, array) if path.suffix in (".npy", ".npz") else
-            file_source(path, paths))
+    try:
+        name, names, members, class_of, left = array_source(path, array) \
+            if path.suffix in (".npy", ".npz") else file_source(path, paths)
         labels, classes, no_classes = classified(names, class_of)
-    said = [f"not read: {left}"] if left else []
+    except UserError:
+        raise
+    except Exception as e:                                      # zip, tar, zlib and NumPy differ
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise UserError(f"{path} is not a folder, zip, tar, .npy or .npz that can be read "
+                        f"({reason})") from None
     images, shape, notes = decode_files(names, members, resolution, kept, 16)
     if not notes:
         raise UserError(f"{path} contains no image that can be read" + (left and f" ({left})"))
+    said = [f"not read: {left}"] if left else []
     deep, rough = (max(note.get(key, 0) for note in notes.values()) for key in ("deep", "rough"))
     if 0 < deep < 2 ** 15:                                      # 12 bits in 16, for example
         bits = max(8, deep.bit_length())
@@ -306,15 +311,15 @@ def decode_all(path, paths, array, resolution, kept):
                     f"{bits}-bit ones")
         images, shape, notes = decode_files(names, members, resolution, kept, bits)
     if 0 < rough < 2 ** 7:
-        said.append("its 16-bit colour images are dark, for they use a part of their range: "
-                    "convert them to 8 bits")
-    if stacks := [n for n in names if n in notes and notes[n].get("stack")]:
-        said.append(f"only the first page is read of {len(stacks)} with several, as {stacks[0]}")
+        said.append("its 16-bit colour images use a part of their range and are dark: convert them "
+                    "to 8 bits")
+    if stacks := [n for n in notes if notes[n].get("stack")]:
+        said.append(f"only the first page is read of {len(stacks)} with several, as {min(stacks)}")
     if skipped := [n for n in names if n not in notes]:
         said.append(f"{len(skipped)} of {len(names)} images skipped")
-    labels = [label for label, n in zip(labels, names) if n in notes]
-    found = {"name": name, "shape": shape, "labels": labels, "classes": classes,
-             "no_classes": no_classes, "skipped": skipped, "said": said}
+    found = {"name": name, "shape": shape, "classes": classes, "no_classes": no_classes,
+             "labels": [label for label, n in zip(labels, names) if n in notes],
+             "skipped": skipped, "said": said}
     if isinstance(images, np.memmap):
         with atomic_write(kept.with_suffix(".json"), "w") as f:
             json.dump(found, f)
@@ -322,9 +327,9 @@ def decode_all(path, paths, array, resolution, kept):
 
 
 def decode_files(names, members, resolution, kept, bits):
-    """-> that array, the shape of its images, and {name: facts} of those that could be read; the
+    """-> that array, the shape of the images, and {name: facts} of those that can be read; the
     others are named on stderr. bits: the depth of 16-bit images."""
-    places, images, notes = {name: i for i, name in enumerate(names)}, None, {}
+    places, images, shape, notes = {n: i for i, n in enumerate(names)}, None, None, {}
     part = kept and kept.with_name(f"{kept.name}.{secrets.token_hex(4)}.part")
     try:
         for name, image in decoded(names, members, resolution, bits):
@@ -337,13 +342,13 @@ def decode_files(names, members, resolution, kept, bits):
                 raise UserError(f"{name} and the first image have different sizes: give a "
                                 "resolution to crop and resize them to")
             images[places[name]] = image                        # grey as three equal channels
-        if not notes:
-            return None, None, {}
-        shape = [len(notes), max(note["channels"] for note in notes.values()), *images.shape[2:]]
-        if shape[:2] != [len(names), 3]:                        # close the gaps
+        if notes:
+            channels = max(note["channels"] for note in notes.values())
+            shape = [len(notes), channels, *images.shape[2:]]
+        if notes and shape[:2] != [len(names), 3]:              # close the gaps
             flat, size = images.reshape(-1), math.prod(shape[1:])
-            for i, name in enumerate(name for name in names if name in notes):
-                flat[i * size:(i + 1) * size] = images[places[name], :shape[1]].reshape(-1)
+            for i, place in enumerate(sorted(places[name] for name in notes)):
+                flat[i * size:(i + 1) * size] = images[place, :channels].reshape(-1)
         if isinstance(images, np.memmap):
             images.flush()
             os.replace(part, kept)
@@ -554,18 +559,16 @@ def split_words(name):
 
 def members_of(path, paths):
     """Yields pairs of the name of each file in a folder, zip or tar and a function that reads it,
-    which works until the next pair. paths: of folder_files. Tars in a folder without images are
-    read, too, as the shards of WebDataset."""
+    which works until the next pair. A folder without images may hold tars, WebDataset's shards."""
     if path.is_dir():
-        shards = not any(map(is_image, paths))
-        for name, file in paths.items():
-            if shards and name.endswith(".tar"):
-                yield from ((f"{name}/{inner}", read) for inner, read in members_of(file, paths))
-            else:
-                yield name, partial(read_file, file)
-        return
-    for name, link, read in zip_members(path) if zipfile.is_zipfile(path) else tar_members(path):
-        name = plain(name)
+        shards = [] if any(map(is_image, paths)) else [n for n in paths if n.endswith(".tar")]
+        members = [(n, False, partial(read_file, paths[n])) for n in paths if n not in shards]
+        members = chain(members, ((f"{shard}/{n}", *member) for shard in shards
+                                  for n, *member in tar_members(paths[shard])))
+    else:
+        members = zip_members(path) if zipfile.is_zipfile(path) else tar_members(path)
+    for name, link, read in members:
+        name = str(PurePosixPath(name.replace("\\", "/")))      # Windows' names, and ./name
         if name.startswith("/") or ".." in name.split("/"):
             raise UserError(f"{path} is refused: it contains {name!r}, which would unpack outside "
                             "its folder")
@@ -625,7 +628,7 @@ def folder_files(root):
             names.clear()
         seen.add(real)
         files = [Path(folder, name) for name in sorted(names)]
-        found.update((plain(str(file.relative_to(root))), file) for file in files)
+        found.update((file.relative_to(root).as_posix(), file) for file in files)
     return found
 
 
@@ -640,27 +643,9 @@ def stamp(path):
     return facts and (facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
 
 
-def plain(name):
-    """Without Windows' backslashes and a leading ./"""
-    return str(PurePosixPath(name.replace("\\", "/")))
-
-
 def is_image(name):
     return PurePosixPath(name).suffix.lower() in EXTENSIONS
 
 
 def hidden(name):
     return any(part.startswith(".") or part.lower() in LEFTOVERS for part in name.split("/"))
-
-
-@contextlib.contextmanager
-def readable(path):
-    """Within, what a damaged folder or file raises becomes a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as e:                                      # zip, tar, zlib and NumPy differ
-        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        raise UserError(f"{path} is not a folder, zip, tar, .npy or .npz that can be read "
-                        f"({reason})") from None

@@ -102,15 +102,12 @@ def opened(spec, resolution=None, keep=True):
         raise UserError(f"{path} could run code: give an .npz; of EDM2's, if you trust it, "
                         f"np.savez('x.npz', **pickle.load(open({spec!r}, 'rb'))['fid'])")
     try:
-        images = load(spec, resolution, keep=keep)
+        return load(spec, resolution, keep=keep)
     except UserError as e:
-        features = "; of features give mu, their mean, and sigma, np.cov(features, rowvar=False)"
-        raise UserError(f"{e}{features if path.suffix in ('.npy', '.npz') else ''}") from None
-    channels = images.images.shape[1]
-    if images.latents or channels not in (1, 3):
-        kind = "floats" if images.latents else f"images of {channels} channels"
-        raise UserError(f"{spec} holds {kind}: FID needs bytes, 0 to 255, of 1 or 3 channels")
-    return images
+        if f", {WIDTH}]" not in str(e):
+            raise
+        raise UserError(f"{e}; of features give an .npz of mu, their mean, and sigma, "
+                        "np.cov(features, rowvar=False)") from None
 
 
 def read_statistics(path):
@@ -130,9 +127,9 @@ def read_statistics(path):
     mu, sigma = torch.from_numpy(found["mu"]), torch.from_numpy(found["sigma"])
     if (mu.shape, sigma.shape) != ((WIDTH,), (WIDTH, WIDTH)) or not is_covariance(sigma) \
             or not mu.isfinite().all():
-        raise UserError(f"{path} holds mu {list(mu.shape)} and sigma {list(sigma.shape)}: FID takes "
-                        f"a finite mu [{WIDTH}] and a covariance [{WIDTH}, {WIDTH}] (symmetric, no "
-                        "negative eigenvalue)")
+        raise UserError(f"{path} holds mu {list(mu.shape)} and sigma {list(sigma.shape)}: FID "
+                        f"takes a finite mu [{WIDTH}] and a covariance [{WIDTH}, {WIDTH}] "
+                        "(symmetric, no negative eigenvalue)")
     return {"num": None, "source": str(path), **found}
 
 

@@ -94,10 +94,8 @@ def scales(x, alpha, sigma, sigma_data):
 
 
 def residual_std(alpha, x, sigma_data):
-    """r_out: the standard deviation of x0 - V M(alpha) V^T x0 for images whose power falls as
-    1 / lam, of total variance sigma_data^2. x gives H, W and the device.
-
-    [1, 1] for one level, [B, 1, 1, 1] for [B]; 0 at alpha = 0.
+    """r_out: the standard deviation of x0 - V M(alpha) V^T x0 for images of power 1 / lam and
+    variance sigma_data^2; x gives H, W and the device. [1, 1] for one level, [B, 1, 1, 1] for [B].
     """
     lam = frequencies(*x.shape[-2:], x.device)
     power = torch.where(lam > 0, 1 / lam, 0)                    # blur does not change the mean
@@ -107,8 +105,7 @@ def residual_std(alpha, x, sigma_data):
 
 
 class UNet(nn.Module):
-    """DDPM++ as EDM configures it. unet(x [B, in, H, W], c_noise [B], augment, label, ratio)
-    -> [B, out, H, W].
+    """DDPM++ as EDM configures it: x [B, in, H, W], c_noise [B] -> [B, out, H, W].
 
     channels x mult: the width of each level; every level has half the height and width of the one
     before. blocks: residual blocks at each level. attention: the sizes of the levels that have it,
@@ -260,8 +257,6 @@ def build(config):
     if not (0 < config["sigma_data"] < 1e6 and 0 <= unet.get("dropout", 0) < 1
             and unet["blocks"] <= 64 and len(unet["mult"]) <= 12):
         raise ValueError("sigma_data, dropout, blocks or mult is out of range")
-    if unet["out_channels"] != kind.heads * unet["in_channels"]:
-        raise ValueError(f"out_channels must be {kind.heads} times in_channels")
     return kind(UNet(**unet), config["sigma_data"])
 
 
@@ -284,12 +279,14 @@ def load_model(filename, device="cpu", precision="fp32", compiled=False, net=Non
             with torch.device("meta"):      # allocates nothing before the shapes are known to fit
                 net = build(config)
             net.unet.check(*checkpoint["data"]["shape"][1:])
+        answers = net.answers.__qualname__
+        if config.get("answers", answers).split(", ")[-1] != answers:           # old ones lack it
+            raise ValueError(f"it is of another kind, {config['answers']}")
         net.load_state_dict(weights, assign=True)
         net.sigma_data = config["sigma_data"]
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as e:
-        reason = " ".join(str(e).split())[:200]
         raise UserError(f"{filename} is not a model of this project, or its weights do not fit its "
-                        f"network: {reason}") from None
+                        f"network: {' '.join(str(e).split())[:200]}") from None
     net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     if precision == "bf16":
         net.forward = torch.autocast(torch.device(device).type, torch.bfloat16)(net.forward)
@@ -315,19 +312,17 @@ def check_facts(checkpoint, weights, size):
         raise ValueError("its data or its classes have no names")
 
 
-MAY_BE_NEW = ("unet.from_ratio.", "unet.from_augment.", "unet.from_label.")
-
-
 def start_from(net, filename, classes=()):
     """Puts the weights of a checkpoint into a new Denoiser, to train it further.
 
-    Layers in MAY_BE_NEW that the checkpoint lacks start at zero. classes: the names of those of a
-    UNet; each starts as the old class of its name, else as the mean of all. Raises UserError that
-    names what does not fit.
+    Layers for ratios, augmentation and classes that the checkpoint lacks start at zero. classes:
+    the names of those of a UNet; each starts as the old class of its name, else as the mean of all.
+    Raises UserError that names what does not fit.
     """
     own, label = not isinstance(net.unet, UNet), "unet.from_label.weight"
     old, checkpoint = load_model(filename, net=copy.deepcopy(net) if own else None)
-    new = {k: torch.zeros_like(v) for k, v in net.state_dict().items() if k.startswith(MAY_BE_NEW)}
+    new = {name: torch.zeros_like(value) for name, value in net.state_dict().items()
+           if name.startswith(("unet.from_ratio.", "unet.from_augment.", "unet.from_label."))}
     weights = {**new, **old.state_dict()}
     if old.classes and net.classes and not own:                 # label: [embedding, classes]
         known = dict(zip(checkpoint["data"]["classes"], weights[label].T))

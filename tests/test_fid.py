@@ -430,11 +430,9 @@ def test_samples_are_not_kept(folder, tmp_path, monkeypatch, capsys):
 def test_the_array_of_an_npz_is_named(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small_net(monkeypatch)
-    monkeypatch.setattr(fid, "load", lambda spec, *a, **kw: data.Images(
-        data.load(str(folder)).images, torch.zeros(6, dtype=torch.long), ["all"], "x.npz: train"))
-    np.savez("x.npz", train=np.zeros(3))
-    out = run(monkeypatch, capsys, tmp_path / "x.npz", "--ref", tmp_path / "x.npz").out
-    assert f"of {tmp_path}/x.npz: train at 16 x 16" in out
+    np.savez("x.npz", train=pixels_of(folder), labels=np.arange(6))
+    out = run(monkeypatch, capsys, tmp_path / "x.npz", "--ref", folder).out
+    assert f"6 images of {tmp_path}/x.npz:train at 16 x 16 against" in out
 
 
 def test_data_that_cannot_be_written_costs_nothing(folder, tmp_path, monkeypatch, capsys):
@@ -489,8 +487,8 @@ def test_what_cannot_be_scored_is_one_line(folder, weights, tmp_path, monkeypatc
     np.savez("objects.npz", mu=np.array([{}], dtype=object), sigma=np.zeros((12, 12)))
     np.savez("facts.npz", mu=np.zeros(12), sigma=np.zeros((12, 12)), num="many")
     np.savez_compressed("bomb.npz", mu=np.zeros(12), sigma=np.zeros((3000, 3000)))
-    np.savez("features.npz", np.zeros((50, 2048), np.float32))
-    np.save("features.npy", np.zeros((50, 2048), np.float32))
+    np.savez("features.npz", np.zeros((50, 12), np.float32))
+    np.save("features.npy", np.zeros((50, 12), np.float32))
     Path("edm2.pkl").write_bytes(pickle.dumps({}))
     np.savez("good.npz", mu=np.zeros(12), sigma=np.eye(12), num=70000)
     np.savez("negative.npz", mu=np.zeros(12), sigma=-np.eye(12))
@@ -502,8 +500,8 @@ def test_what_cannot_be_scored_is_one_line(folder, weights, tmp_path, monkeypatc
     while_computing = [
         (["one", "--ref", folder], "one image has no covariance")]
     before = [
-        (["rgba.npz", "--ref", folder], "rgba.npz holds images of 4 channels"),
-        ([folder, "--ref", "rgba.npz"], "rgba.npz holds images of 4 channels"),
+        (["rgba.npz", "--ref", folder], "rgba.npz holds"),
+        ([folder, "--ref", "rgba.npz"], "rgba.npz holds"),
         ([folder, "--ref", "bomb.npz"], "bomb.npz cannot be read: it unpacks to more"),
         ([folder, "--ref", "features.npz"], "mu, their mean, and sigma, np.cov(features"),
         ([folder, "--ref", "features.npy"], "mu, their mean, and sigma, np.cov(features"),
@@ -517,11 +515,11 @@ def test_what_cannot_be_scored_is_one_line(folder, weights, tmp_path, monkeypatc
         ([folder, "--ref", "none"], "does not exist"),
         (["none.npy", "--ref", folder], "does not exist"),
         (["none.npz", "--ref", folder], "does not exist"),
-        (["notes.txt", "--ref", folder], "not a folder, zip or tar"),
-        ([folder, "--ref", "notes.txt"], "not a folder, zip or tar"),
+        (["notes.txt", "--ref", folder], "notes.txt is not a folder, zip"),
+        ([folder, "--ref", "notes.txt"], "notes.txt is not a folder, zip"),
         ([folder / "0.png", "--ref", folder], "is one image"),
         (["broken.npz", "--ref", folder], "cannot be read"),
-        (["floats.npy", "--ref", folder], "floats.npy holds floats"),
+        (["floats.npy", "--ref", folder], "floats.npy holds float64"),
         ([folder, "--ref", "small.npz"], "FID takes a finite mu [12]"),
         ([folder, "--ref", "objects.npz"], "cannot be read"),
         ([folder, "--ref", "nan.npz"], "FID takes a finite mu"),
@@ -566,7 +564,7 @@ def test_weights_are_fetched_checked_and_kept(
     handler.body = Path(weights).read_bytes()
     with pytest.raises(UserError, match="6726825d.*--weights"):         # that of the published file
         load_inception(folder=tmp_path)
-    assert not (tmp_path / "w.pth").exists()
+    (tmp_path / "w.pth").unlink(missing_ok=True)
     digest = hashlib.sha256(handler.body).hexdigest()
     monkeypatch.setattr(inception, "WEIGHTS_SHA256", digest[:8])
     assert load_inception(folder=tmp_path)[1] == digest
@@ -584,11 +582,12 @@ def test_weights_are_fetched_checked_and_kept(
 # The command line on checkpoints
 
 def test_a_checkpoint_is_sampled_and_scored(sizes, tmp_path, monkeypatch, capsys):
-    """Three draws from seeds of their own, equal to scoring the same seeds' PNGs. The reference is
-    prepared for the model's resolution."""
+    """Three draws from seeds of their own, equal to scoring the same seeds' PNGs; and the FID of
+    training with its solver. The reference is prepared for the model's resolution."""
     monkeypatch.chdir(tmp_path)
     small_net(monkeypatch)
-    train_a_model("run", "--data", sizes)
+    monkeypatch.setattr(train, "load_inception", lambda *a: (SmallNet(), "f" * 64))
+    train_a_model("run", "--data", sizes, "--fid-every", 0.016, "--fid-num", 20)
     np.save("ref.npy", data.load(str(sizes), 8).images.permute(0, 2, 3, 1).numpy())
     options = ["--ckpt", "run/ema.pt", "--images", 20, "--steps", 3, "--batch", 7]
     result = run_json(monkeypatch, capsys, *options, "--ref", "ref.npy")
@@ -597,6 +596,11 @@ def test_a_checkpoint_is_sampled_and_scored(sizes, tmp_path, monkeypatch, capsys
     assert result["mean"] == pytest.approx(np.mean(draws))
     assert result["std"] == pytest.approx(np.std(draws, ddof=1))
     assert result["size"] == "8 x 8" and result["nfe"] == 5 and "colour" not in result
+    log = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
+    solver, steps = log["fid_solver"].split()
+    theirs = run_json(monkeypatch, capsys, *options, "--ref", sizes, "--draws", 1, "--solver",
+                      solver, "--steps", steps)
+    assert log["fid"] == pytest.approx(theirs["fid"], abs=2e-4) and theirs["fid"] != draws[0]
     out = run(monkeypatch, capsys, *options, "--ref", sizes, "--draws", 1)
     assert f"draw 1 of 1: FID {draws[0]:.4f}" in out.err
     lines = out.out.splitlines()
