@@ -332,9 +332,9 @@ def test_a_run_resumes_with_its_own_options_and_keeps_snapshots(tmp_path, images
     assert kept == [f"ema-000000.0{k}.pt" for k in (16, 32, 48, 64)]
     assert weights(tmp_path / "parts", "ema-000000.048.pt")[1]["seen"] == 48
     assert same(weights(tmp_path / "parts", kept[-1])[0], weights(tmp_path / "parts")[0])
-    run(monkeypatch, "--resume", tmp_path / "parts", "--duration", 0.08, "--lr", 0.5, "--device",
+    run(monkeypatch, "--resume", tmp_path / "parts", "--duration", 0.08, "--lr", 0.005, "--device",
         "cpu")
-    assert log_of(tmp_path / "parts")[-1]["lr"] == 0.5
+    assert log_of(tmp_path / "parts")[-1]["lr"] == 0.005
     for args, words in ((["--seed", 4], "--seed 3, not 4"), (["--out", "x"], "two folders")):
         refused(capsys, lambda: run(monkeypatch, "--resume", tmp_path / "parts", *args), words)
 
