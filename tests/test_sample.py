@@ -172,6 +172,22 @@ def test_what_a_linear_estimate_adds_is_the_closed_form(bnr):
     torch.testing.assert_close(ours, closed, rtol=1e-4, atol=1e-6)
 
 
+def test_what_quadratic_estimates_add_is_their_integral():
+    """x0_hat and e quadratic in l, each with its own coefficients: the integrals of both, less
+    their values at t, on a fine grid of sigma itself."""
+    path, (t, s) = ConstantBNR(0.5), torch.tensor([2.5, 1.5], dtype=torch.float64)
+    coefficients = normals(3, 2, 1, 1, 8, 16)
+    value = lambda l: coefficients[0] + l * coefficients[1] + l ** 2 * coefficients[2]
+    history = [(-q.log(), value(-q.log())) for q in torch.tensor([2.5, 4., 7.]).double()]
+    q = torch.linspace(2.5, 1.5, 2001, dtype=torch.float64)
+    m = m_of(0.5 * q, 8, 16) / q[:, None, None, None]           # [2001, 1, H, W]
+    moved = torch.stack([value(l) for l in -(q[1:] * q[:-1]).sqrt().log()]) - history[0][1]
+    of_x0, of_e = moved[:, 0, :, 0], moved[:, 1, :, 0]          # [2000, 1, H, W]
+    integral = (of_x0 * m.diff(dim=0) + of_e * (1 / q).diff()[:, None, None, None]).sum(0)
+    ours = dct2(curvature(history, t, s, path))[0]
+    torch.testing.assert_close(ours, s * integral, rtol=1e-4, atol=1e-6)
+
+
 class OwnParameter(Path):
     """Another path in a parameter of its own, 0 < u < 1: sigma = tan(pi u / 2)."""
 
