@@ -450,7 +450,8 @@ def test_nothing_of_the_sampler_stays_on_the_cpu(path):
 def test_classes_are_drawn_as_often_as_they_are_counted():
     counts = [300, 30, 0, 1]
     for first in (0, 12_345, 2 ** 62):
-        found = torch.tensor(classes_of(range(first, first + 3310), 4, counts)).bincount(minlength=4)
+        labels = classes_of(range(first, first + 3310), 4, counts)
+        found = torch.tensor(labels).bincount(minlength=4)
         assert (found - 10 * torch.tensor(counts)).abs().max() <= 3
     assert classes_of([5, 6, 7], 3) == [2, 0, 1]
 
