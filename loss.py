@@ -1,13 +1,12 @@
 """The loss: one term for the denoising head, one for the deblurring head, equations (9) and (10).
 
-    python loss.py                       # the minimum of each term, by level and BNR
-
-Equation numbers are those of the README.
+train.py calls it; its minimum is a closed form, which tests/test_loss.py checks. Equation numbers
+are those of the README.
 """
 import torch
 
-from degrade import ConstantBNR, attenuation, degrade, frequencies
-from model import SIGMA_DATA, residual_std
+from degrade import degrade
+from model import residual_std
 
 
 def disentangled_loss(net, x0, alpha, sigma, noise, sigma_data):
@@ -32,27 +31,3 @@ def weights(x0, alpha, sigma, sigma_data):
     w = (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2              # (10)
     w_cold = residual_std(alpha, x0, sigma_data).flatten().to(w.dtype) ** -2    # (10)
     return torch.where(sigma > 0, w, 0), torch.where(sigma > 0, w, w_cold)
-
-
-def main():
-    """A Gaussian of power 1 / lam has a known posterior variance, and so a known minimum."""
-    lam = frequencies(32, 32)
-    s = torch.where(lam > 0, 1 / lam, 0)
-    s = s * SIGMA_DATA ** 2 / s.mean()
-    x = torch.zeros(1, 1, 32, 32)
-    print("the minimum of each loss term, per pixel: denoise + deblur")
-    print("sigma " + "".join(f"{f'BNR {bnr}':>18}" for bnr in (0, 0.5, 2)))
-    for sigma in (0.01, 0.05, 0.2, 0.5, 1., 3., 10.):
-        cells = []
-        for bnr in (0, 0.5, 2):
-            alpha, _ = ConstantBNR(bnr).levels(sigma)
-            m = attenuation(alpha, x)
-            variance = s * sigma ** 2 / (m ** 2 * s + sigma ** 2)               # of x0, given x
-            w, _ = weights(x, alpha, sigma, SIGMA_DATA)
-            denoise, deblur = w * (m ** 2 * variance).mean(), w * ((1 - m) ** 2 * variance).mean()
-            cells.append(f"{denoise:8.3f} + {deblur:7.3f}")
-        print(f"{sigma:<6g}" + "".join(f"{c:>18}" for c in cells))
-
-
-if __name__ == "__main__":
-    main()

@@ -134,7 +134,7 @@ def curvature(history, t, s, path, cells=200):
     alpha, sigma = levels_of(path, t ** (1 - i) * s ** i)
     l = -(sigma[1:] * sigma[:-1]).log() / 2                     # in the middle of each cell
     device, p, total = value.device, torch.ones_like(l), torch.zeros_like(value[0])
-    blurred = (attenuation(alpha.to(device), value) / expand_level(sigma, value)).diff(dim=0)
+    blurred = (attenuation(alpha, value) / expand_level(sigma, value)).diff(dim=0)
     for k in range(1, len(history)):
         p = p * (l - nodes[k - 1])                              # (l - l_0) ... (l - l_(k-1))
         values = [(new - old) / (nodes[j] - nodes[j + k])       # divided differences

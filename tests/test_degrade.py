@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from degrade import (AnyBNR, BlurringPath, ColdPath, ConstantBNR, Path, blur, dct2, degrade,
-                     expand_level, frequencies, idct2, make_path)
+from degrade import (AnyBNR, BlurringPath, ColdPath, ConstantBNR, Path, blur, check_path, dct2,
+                     degrade, expand_level, frequencies, idct2, levels_of, make_path)
+from util import UserError
 
 KINDS = [(torch.float32, 3e-6), (torch.float64, 1e-13)]
 
@@ -183,6 +184,39 @@ def test_a_path_of_ones_own_needs_levels_alone():
     assert torch.equal(alpha, sigma ** 2) and Square().t_range(8, 8) == (0.002, 80)
     with pytest.raises(NotImplementedError):
         Path().levels(1.)
+
+
+@pytest.mark.parametrize("levels, t_range, words", [
+    (lambda t: (0.5 * t, t + 0.1), (0.002, 80), "at t = 0"),
+    (lambda t: (t / (1 + t ** 2), t), (0.002, 80), "must not fall"),
+    (lambda t: (t, t.sin()), (0.002, 80), "finite and at least 0"),
+    (lambda t: (t, 1 / (t - t)), (0.002, 80), "finite"),
+    (lambda t: (t, (t - 1).clamp(min=0)), (0.002, 80), "only where it always is"),
+    (lambda t: (0., 0.), (0.002, 80), "blur or noise"),
+    (lambda t: (0., math.tan(t)), (0.002, 80), "of a tensor fails"),
+    (lambda t: t, (0.002, 80), "fails"),
+    (lambda t: (t, t), (80, 0.002), "t_range"),
+    (lambda t: (t, t), (0., 80), "t_range"),
+    (lambda t: (t, t), (0.002, math.inf), "t_range|finite")])
+def test_a_path_that_breaks_the_contract_is_one_line(levels, t_range, words):
+    class Mine(Path):
+        pass
+    Mine.levels, Mine.t_range = staticmethod(levels), lambda self, h, w: t_range
+    with pytest.raises(UserError, match=f"^the path Mine cannot be used: .*({words})") as e:
+        check_path(Mine(), 8, 8)
+    assert "\n" not in str(e.value)
+
+
+def test_paths_that_keep_the_contract_pass():
+    class Numbers(Path):                                        # what does not depend on t
+        def levels(self, t):
+            return 0., t
+    for path in (ConstantBNR(0), ConstantBNR(10), BlurringPath(), ColdPath(), AnyBNR(), Numbers()):
+        check_path(path, 8, 12)
+    alpha, sigma = Numbers().training_levels(5, 8, 8)
+    assert not alpha.any() and alpha.shape == sigma.shape == (5,)
+    alpha, sigma = levels_of(Numbers(), torch.tensor([1., 2.]))
+    assert alpha.tolist() == [0, 0] and alpha.dtype == sigma.dtype == torch.float64
 
 
 def test_a_level_takes_type_and_place_from_its_image_without_a_copy():

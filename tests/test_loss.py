@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 
-import loss as loss_script
 from degrade import ColdPath, ConstantBNR, blur, dct2, degrade, idct2
 from exact import gaussian_heads, gaussian_images, m_of, power_law
 from loss import disentangled_loss, weights
@@ -118,20 +117,3 @@ def test_the_cold_loss_is_one_where_nothing_is_learned():
     t = torch.tensor([0.1, 1.]).repeat(10_000)
     deblur = disentangled_loss(nothing, x0, *ColdPath().levels(t), noise, 0.5)[1]
     assert deblur.mean().item() == pytest.approx(1, rel=0.02)
-
-
-def test_the_minimum_that_loss_py_prints_is_reached(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["loss.py"])
-    loss_script.main()
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("0.5 "))
-    cells = [float(v) for v in row.replace("+", " ").split()]
-    s = power_law(32, 32)
-    s[0, 0] = 0
-    s = s * 0.25 / s.mean()
-    x0 = gaussian_images(300, 1, s, torch.Generator().manual_seed(0))
-    noise = torch.randn(x0.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    for i, bnr in enumerate((0, 0.5, 2)):
-        alpha, sigma = ConstantBNR(bnr).levels(0.5)
-        terms = disentangled_loss(gaussian_heads(s), x0, alpha, sigma, noise, 0.5)
-        found = [v.mean().item() for v in terms]
-        assert found == pytest.approx(cells[1 + 2 * i:3 + 2 * i], rel=0.02, abs=1e-3)

@@ -1,3 +1,4 @@
+import argparse
 import math
 from argparse import Namespace
 
@@ -12,6 +13,7 @@ from loss import disentangled_loss
 from model import Denoiser, UNet
 from sample import (churn_step, curvature, generate, multistep_times, plain_image,
                     sample, seed_noise, solve, step, time_steps)
+from util import UserError
 
 H = W = 32
 SPECTRUM = power_law(H, W)
@@ -168,6 +170,22 @@ def test_what_a_linear_estimate_adds_is_the_closed_form(bnr):
     dl, j = math.log(t / s), primitive(t) - primitive(s)
     closed = k * (dl * torch.exp(-c * s ** 2) - s * j) + m * (dl - 1 + s / t)
     torch.testing.assert_close(ours, closed, rtol=1e-4, atol=1e-6)
+
+
+def test_what_quadratic_estimates_add_is_their_integral():
+    """x0_hat and e quadratic in l, each with its own coefficients: the integrals of both, less
+    their values at t, on a fine grid of sigma itself."""
+    path, (t, s) = ConstantBNR(0.5), torch.tensor([2.5, 1.5], dtype=torch.float64)
+    coefficients = normals(3, 2, 1, 1, 8, 16)
+    value = lambda l: coefficients[0] + l * coefficients[1] + l ** 2 * coefficients[2]
+    history = [(-q.log(), value(-q.log())) for q in torch.tensor([2.5, 4., 7.]).double()]
+    q = torch.linspace(2.5, 1.5, 2001, dtype=torch.float64)
+    m = m_of(0.5 * q, 8, 16) / q[:, None, None, None]           # [2001, 1, H, W]
+    moved = torch.stack([value(l) for l in -(q[1:] * q[:-1]).sqrt().log()]) - history[0][1]
+    of_x0, of_e = moved[:, 0, :, 0], moved[:, 1, :, 0]          # [2000, 1, H, W]
+    integral = (of_x0 * m.diff(dim=0) + of_e * (1 / q).diff()[:, None, None, None]).sum(0)
+    ours = dct2(curvature(history, t, s, path))[0]
+    torch.testing.assert_close(ours, s * integral, rtol=1e-4, atol=1e-6)
 
 
 class OwnParameter(Path):
@@ -387,6 +405,71 @@ def test_what_makes_no_sense_is_refused():
         solve(net, ColdPath(), x, time_steps(4), "multistep")
     with pytest.raises(ValueError, match="give its colour"):
         sample(net, ColdPath(), x)
+    for times in ([2., 2.], [1., 2.], [1.], [1., -1.]):
+        with pytest.raises(ValueError, match="must fall"):
+            solve(net, path, x, torch.tensor(times))
+    for init in (torch.zeros(1, 3, 4, 4), torch.zeros(2, 1, 4, 4), torch.zeros(1, 1, 4, 4).byte()):
+        with pytest.raises(ValueError, match="init must be float"):
+            sample(net, path, x, init=init, level=1.)
+
+
+class FallingBlur(Path):
+    def levels(self, t):
+        return t / (1 + t ** 2), t
+
+
+def test_sampling_looks_at_its_path_first():
+    with pytest.raises(UserError, match="FallingBlur cannot be used: .*must not fall"):
+        sample(lambda x, *a: (x, x), FallingBlur(), torch.zeros(1, 1, 4, 4), 4, churn=1.)
+
+
+def test_fresh_noise_has_the_standard_deviation_that_is_asked_for():
+    """D = x and R = 0 leave a hot state alone, so that what churn adds is what is seen."""
+    x, times = torch.zeros(1, 1, 4, 4, dtype=torch.float64), torch.tensor([2., 1.])
+    net, fresh = lambda x, *a: (x, 0 * x), normals(1, 1, 4, 4)
+    got = [solve(net, ConstantBNR(0), x, times, churn=1., s_noise=s, noise=lambda: fresh)
+           for s in (1., 1.5)]
+    torch.testing.assert_close(got[0], math.sqrt((2 * math.sqrt(2)) ** 2 - 2 ** 2) * fresh)
+    torch.testing.assert_close(got[1], 1.5 * got[0])
+
+
+@pytest.mark.parametrize("path", [ConstantBNR(0.5), ColdPath()])
+def test_nothing_of_the_sampler_stays_on_the_cpu(path):
+    """As on a GPU: a tensor of the CPU cannot be mixed with those of torch's meta device."""
+    with torch.device("meta"):
+        net = Denoiser(UNet(3, 6, channels=8, mult=(1,), blocks=1, attention=(8,), classes=2))
+    cold = isinstance(path, ColdPath)
+    ways = [dict(solver=s, steps=4) for s in SOLVERS if not (cold and s == "multistep")]
+    ways += [dict(ways[-1], init=torch.zeros(1, 3, 8, 8), level=1.)]
+    ways += [] if cold else [dict(steps=4, churn=2.), dict(solver="multistep", steps=12)]
+    for way in ways:
+        x, = generate(net, path, (3, 8, 8), range(2), "meta", colour=COLOUR, counts=[3, 1], **way)
+        assert x.is_meta and x.shape == (2, 3, 8, 8) and x.dtype == torch.float64
+
+
+def test_classes_are_drawn_as_often_as_they_are_counted():
+    counts = [300, 30, 0, 1]
+    for first in (0, 12_345, 2 ** 62):
+        labels = classes_of(range(first, first + 3310), 4, counts)
+        found = torch.tensor(labels).bincount(minlength=4)
+        assert (found - 10 * torch.tensor(counts)).abs().max() <= 3
+    assert classes_of([5, 6, 7], 3) == [2, 0, 1]
+
+
+@pytest.mark.parametrize("classes, label, index", [
+    (["a", "b"], "b", 1), (["a", "b"], "1", 1), (["5", "0"], "0", 1), (["5", "0"], "1", None),
+    (["a", "7"], "1", None), (["a", "b"], "2", None)])
+def test_a_position_is_a_class_only_where_no_name_is_a_number(classes, label, index):
+    parser = argparse.ArgumentParser()
+    sample_script.sampler_options(parser)
+    args = parser.parse_args(["--class", label])
+    checkpoint = {"config": {"bnr": 0.5}, "options": {}, "data": {"classes": classes}}
+    net = Namespace(classes=2)
+    if index is None:
+        with pytest.raises(UserError, match=f"--class {label}: the classes are"):
+            sample_script.sampler(args, net, checkpoint)
+    else:
+        assert sample_script.sampler(args, net, checkpoint)[0]["label"] == index
 
 
 def test_a_seeds_noise_does_not_see_its_batch():
