@@ -155,7 +155,8 @@ def check_path(path, h, w):
             "at t = 0 there must be no blur and no noise": alpha[0] or sigma[0],
             "alpha and sigma must not fall as t rises":
                 any((v.diff() < -1e-9 * v.max()).any() for v in (alpha, sigma)),
-            "sigma may be 0 above t = 0 only where it always is": sigma.any() and not sigma[1:].all(),
+            "sigma may be 0 above t = 0 only where it always is":
+                sigma.any() and not sigma[1:].all(),
             "above t = 0 there must be blur or noise": not (alpha + sigma)[1:].all()}
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as e:
         wrong = {f"t_range or levels of a tensor fails ({' '.join(str(e).split())})": True}

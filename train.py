@@ -64,7 +64,7 @@ def options(argv=None):
     a("--data", default="leaves",
       help="leaves, cifar10, or a folder, zip or tar of images (default leaves)")
     path = p.add_mutually_exclusive_group().add_argument
-    path("--bnr", type=bnr, default=0.5,
+    path("--bnr", type=bnr,
          help="blur-to-noise ratio, pixels of blur for a unit of noise; 0 is EDM, inf is blur "
               "alone, any is one network for all from 0 to 10 (default 0.5)")
     path("--path", choices=["blurring"],
@@ -129,6 +129,9 @@ def options(argv=None):
     args = p.parse_args(argv)
     if args.resume not in (None, args.out):
         p.error("--resume and --out name two folders: give one of them")
+    if args.path and args.bnr is not None:
+        p.error("--bnr and --path are two ways to choose the path: give one of them")
+    args.bnr = 0.5 if args.bnr is None else args.bnr
     del args.resume
     return args
 
@@ -136,15 +139,16 @@ def options(argv=None):
 def options_of_run(parser, given):
     """The options that a run has written, as defaults: text, which is checked like a command line.
     The device is this machine's."""
-    def default(v):
-        if isinstance(v, list):
+    def default(name, v):
+        if isinstance(getattr(given, name), list) or isinstance(v, list):
             return [int(n) for n in v]
         return v if v is None or isinstance(v, bool) else str(v)
     try:
         stored = json.loads(Path(given.resume, "options.json").read_text())
         known = stored.keys() & vars(given).keys() - {"device", "out", "resume"}
+        known -= {"bnr"} if stored.get("path") else set()       # which then is no option of its own
         if stored["preset"] in PRESETS:
-            return {"out": given.resume, **{name: default(stored[name]) for name in known}}
+            return {"out": given.resume, **{name: default(name, stored[name]) for name in known}}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     parser.error(f"--resume {given.resume}: it holds no run (a readable options.json)")
@@ -212,8 +216,12 @@ def loop(args, run, data, path, net, ema, optimizer, seen, signals):
     if args.compile or args.compile is None and device.type == "cuda":
         compile_or_warn(net.unet, args.compile)
     shared = DistributedDataParallel(net) if world_size() > 1 else net
-    log = begin(args, run, data, net, seen, bf16) if rank() == 0 else None
-    bar = tqdm(total=total, initial=seen, unit="img", unit_scale=True, disable=rank() > 0)
+    log = begin(args, seen) if rank() == 0 else None
+    if rank() == 0:
+        with shown(signals):
+            header(args, run, data, net, seen, bf16)
+    bar = tqdm(total=total, initial=seen, unit="img", unit_scale=True, disable=rank() > 0,
+               delay=0.1)                   # it writes nothing before the first step
     history, since, stopping = [], time.time(), False
     while seen < total and not stopping:
         for group in optimizer.param_groups:                    # a linear warm-up, then constant
@@ -332,10 +340,15 @@ def shares_of_batch(args):
     return share, micro
 
 
+def kimg_name(args, seen):
+    """000060, or 000000.016 between whole kimg."""
+    return f"{seen // 1000:06d}" if seen % 1000 < args.batch else f"{seen / 1000:010.3f}"
+
+
 def crossed(args, seen, *intervals):
     """Whether the last batch passed a multiple of one of the intervals, in kimg. 0 has none."""
-    images = [round(k * 1000, 6) for k in intervals]            # 4.03 * 1000 is above 4030
-    return any(n and seen // n > (seen - args.batch) // n for n in images)
+    images = [max(1, round(k * 1000, 6)) for k in intervals if k]               # 4.03 * 1000 > 4030
+    return any(seen // n > (seen - args.batch) // n for n in images)
 
 
 # The parts of a run
@@ -346,10 +359,13 @@ def parts(args, data, path, net):
     _, c, h, w = data.images.shape
     classes = len(data.classes) if args.cond else 0
     if args.cond and classes < 2:
-        raise UserError("--cond needs images of at least two classes, each in a folder of its own; "
-                        f"{data.name} has {data.classes}")
+        raise UserError(f"--cond needs images of at least two classes, and {data.name} has one"
+                        + (f": {data.no_classes}" if data.no_classes else ""))
     if args.bnr == math.inf and args.param == "noise":
         raise UserError("--param noise needs noise to predict, and --bnr inf has none")
+    if net and not any(p.requires_grad for p in net.parameters()):
+        raise UserError("every parameter of the network is frozen, as load_model leaves them: "
+                        "net.requires_grad_(True)")
     if net and net.classes != classes:
         raise UserError(f"the network has {net.classes} classes and the run {classes}: a network's "
                         "attribute `classes` and --cond go together")
@@ -417,9 +433,9 @@ def scorer(args, run, images, path, bf16):
 
 # What a run writes
 
-def begin(args, run, data, net, seen, bf16):
-    """Writes the options, says what is trained on what, and returns the log. Its lines after the
-    checkpoint are dropped: they will be written again."""
+def begin(args, seen):
+    """Writes the options and returns the log. Its lines after the checkpoint are dropped: they will
+    be written again."""
     with atomic_write(f"{args.out}/options.json", "w") as f:
         json.dump({k: "inf" if v == math.inf else v for k, v in vars(args).items()}, f, indent=1)
     kept, log = [], Path(args.out, "log.jsonl")
@@ -428,7 +444,11 @@ def begin(args, run, data, net, seen, bf16):
             kept += [line + "\n"] if json.loads(line)["kimg"] <= seen / 1000 else []
     with atomic_write(log, "w") as f:
         f.writelines(kept)
+    return open(log, "a")
 
+
+def header(args, run, data, net, seen, bf16):
+    """Says what is trained on what."""
     facts, images, (_, micro) = run["data"], data.images, shares_of_batch(args)
     mean, std = (", ".join(f"{v:.3g}" for v in facts[k]) for k in ("mean", "std"))
     say(f"{facts['name']}: {facts['count']} images of {' x '.join(map(str, facts['shape']))}, "
@@ -444,7 +464,6 @@ def begin(args, run, data, net, seen, bf16):
         f"{args.device}, {'bf16' if bf16 else 'fp32'}; batch {args.batch} as "
         f"{args.batch // micro} x {micro} in {world_size()} process{'es' * (world_size() > 1)}"
         f"{f'; resuming at {seen / 1000:g} of {args.duration:g} kimg' if seen else ''}")
-    return open(log, "a")
 
 
 def gathered(history):
@@ -484,7 +503,7 @@ def save(args, run, net, ema, optimizer, seen, must):
     state = {"net": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
              **run, "seen": seen}
     if crossed(args, seen, args.keep_every):
-        save_checkpoint(model, f"{args.out}/ema-{seen // 1000:06d}.pt")
+        save_checkpoint(model, f"{args.out}/ema-{kimg_name(args, seen)}.pt")
     saved = save_checkpoints({f"{args.out}/state.pt": state, f"{args.out}/ema.pt": model})
     if must and not saved:
         raise UserError(f"{args.out}: the last checkpoint could not be saved: make room and start "
@@ -497,7 +516,7 @@ def draw_grid(args, run, path, ema, seen):
                       **fast_solver(path))
     with or_a_warning("a grid"):
         save_grid(torch.cat([to_uint8(x).cpu() for x in states]),
-                  f"{args.out}/grid-{seen // 1000:06d}.png")
+                  f"{args.out}/grid-{kimg_name(args, seen)}.png")
 
 
 # What a run resumes from
@@ -544,7 +563,9 @@ def restore(out, state, run, net, ema, optimizer):
                 if (v.shape, v.layout) != (like.shape, torch.strided):
                     raise ValueError("the optimizer's moments do not have the weights' shapes")
                 moments[k] = torch.empty_like(like, device=v.device).copy_(v)   # the same strides
-        return int(state["seen"]) // 1
+        if type(state["seen"]) is not int or state["seen"] < 0:
+            raise TypeError("the number of images seen is not a number")
+        return state["seen"]
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"{out}/state.pt does not fit this network: {reason}") from None

@@ -410,16 +410,22 @@ def fetch(url, path, algorithm, digest, otherwise=""):
     path: pathlib.Path. otherwise: what else the user may do. Raises UserError.
     """
     remedy = ", ".join(filter(None, [f"download {url} elsewhere and put it at {path}", otherwise]))
+    def is_right():
+        return hashlib.new(algorithm, path.read_bytes()).hexdigest().startswith(digest)
+    if path.exists():
+        if not is_right():
+            raise UserError(f"{path} is damaged (its {algorithm} is not {digest}): remove it, or "
+                            f"{remedy}")
+        return path
     try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path))
+        if not is_right():
+            path.unlink()
+            raise OSError(f"what came does not have the {algorithm} {digest}")
     except (OSError, http.client.HTTPException) as e:
         reason = " ".join(str(e).split())
         raise UserError(f"cannot fetch {path.name} ({reason}): {remedy}") from None
-    if not hashlib.new(algorithm, path.read_bytes()).hexdigest().startswith(digest):
-        raise UserError(f"{path} is damaged (its {algorithm} is not {digest}): remove it, or "
-                        f"{remedy}")
     return path
 
 

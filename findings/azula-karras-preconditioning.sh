@@ -4,17 +4,18 @@
 # can be set.
 #
 # Guessed before: sigma_data 0.5, as in EDM, and c_noise = ln(sigma) / 4.
-# Seen: c_skip = 1 / (sigma^2 + 1), c_in = 1 / sqrt(sigma^2 + 1), c_noise = ln(sigma). A network of EDM
-# that is put behind it gets, at sigma = 0.5, its input scaled by 0.89 in the place of 1.41 and the
-# noise level told as 0.06 (-0.69 for -0.17); on images of [-1, 1], whose standard deviation is near 0.5,
-# the training target does not have unit variance: 0.85 at sigma = 0.5.
+# Seen: c_skip = 1 / (sigma^2 + 1), c_in = 1 / sqrt(sigma^2 + 1), c_noise = ln(sigma). A network of
+# EDM that is put behind it gets, at sigma = 0.5, its input scaled by 0.89 in the place of 1.41 and
+# the noise level told as 0.06 (-0.69 for -0.17); on images of [-1, 1], whose standard deviation is
+# near 0.5, the training target does not have unit variance: 0.85 at sigma = 0.5.
 # Why it matters: two papers' "EDM preconditioning" are then two parameterizations, and weights do
 # not carry over. Data standardized to variance 1 make the target right; the network's noise
 # embedding must still be told four times EDM's number.
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
-python3 -m pip install -q --no-compile --target "$dir/lib" torch==2.13.0 azula==0.11.1 numpy==2.4.6
+python3 -m pip install -q --no-compile --target "$dir/lib" \
+    torch==2.13.0 azula==0.11.1 numpy==2.4.6
 cd "$dir" && PYTHONPATH="$dir/lib" OMP_NUM_THREADS=1 python3 - <<'PY'
 import math
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# datasets 5.2.0: load_dataset("imagefolder") of a folder a class, where one of the classes is called
-# "train" (the vehicle, as in COCO's and VOC's names): only that class is loaded, without labels.
+# datasets 5.2.0: load_dataset("imagefolder") of a folder a class, where one of the classes is
+# called "train" (the vehicle, as in COCO's and VOC's names): only that class is loaded, without
+# labels.
 #
 # Guessed before: labels bus and train, all images in the one split "train".
 # Seen: the two images of "train" and none of the three of "bus", no column "label", no warning. The
@@ -12,7 +13,8 @@
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
-python3 -m pip install -q --no-compile --target "$dir/lib" datasets==5.2.0 pillow==13.0.0
+python3 -m pip install -q --no-compile --target "$dir/lib" \
+    datasets==5.2.0 pillow==13.0.0
 cd "$dir" && PYTHONPATH="$dir/lib" HF_HOME="$dir/home" HF_HUB_OFFLINE=1 python3 -W ignore - <<'PY'
 import datasets
 from pathlib import Path

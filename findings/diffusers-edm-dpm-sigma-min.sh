@@ -12,7 +12,8 @@
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
-python3 -m pip install -q --no-compile --target "$dir/lib" torch==2.13.0 diffusers==0.42.1 numpy==2.4.6
+python3 -m pip install -q --no-compile --target "$dir/lib" \
+    torch==2.13.0 diffusers==0.42.1 numpy==2.4.6
 cd "$dir" && PYTHONPATH="$dir/lib" OMP_NUM_THREADS=1 python3 - <<'PY'
 import warnings
 

@@ -15,7 +15,8 @@
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
-python3 -m pip install -q --no-compile --target "$dir/lib" torch==2.13.0 torchmetrics==1.9.0 numpy==2.4.6
+python3 -m pip install -q --no-compile --target "$dir/lib" \
+    torch==2.13.0 torchmetrics==1.9.0 numpy==2.4.6
 cd "$dir" && PYTHONPATH="$dir/lib" OMP_NUM_THREADS=1 python3 -W ignore - <<'PY'
 import torch
 from torchmetrics.image.kid import KernelInceptionDistance

@@ -14,7 +14,8 @@
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
-python3 -m pip install -q --no-compile --target "$dir/lib" torch==2.13.0 torchdiffeq==0.2.5 scipy==1.17.1 numpy==2.4.6
+python3 -m pip install -q --no-compile --target "$dir/lib" \
+    torch==2.13.0 torchdiffeq==0.2.5 scipy==1.17.1 numpy==2.4.6
 cd "$dir" && PYTHONPATH="$dir/lib" OMP_NUM_THREADS=1 python3 - <<'PY'
 import numpy as np
 import torch

@@ -32,7 +32,8 @@ except ImportError:
 import train
 from data import load
 from degrade import dct2, frequencies
-from fid import frechet_distance, load_inception
+from fid import frechet_distance
+from inception import load_inception
 from model import load_model
 from sample import generate, sampling_path
 from util import Parser, UserError, atomic_write, full_float32, signals_noted, to_uint8

@@ -2,13 +2,14 @@
 prints the tables of docs/peers.md.
 
     python3 -m venv .venv-peers && . .venv-peers/bin/activate
-    pip install torch==2.13.0 torchvision==0.28.0
+    pip install torch==2.13.0 torchvision==0.28.0   # both from one index: both CPU, or both CUDA
     pip install --no-deps -r study/peers-requirements.txt
     python -m study.peers                               # about half an hour on one core
     python -m study.peers blur samplers --ckpt run-hot/ema.pt run-warm/ema.pt
 """
 import contextlib
 import importlib
+import json
 import math
 import tempfile
 import warnings
@@ -24,8 +25,8 @@ from data import load
 from degrade import ConstantBNR, blur, dct2, frequencies, idct2
 from fid import frechet_distance
 from inception import InceptionV3, load_inception
-from model import Denoiser, build, load_model
-from sample import sample, sampling_path, seed_noise, solve, time_steps
+from model import Denoiser, load_model
+from sample import sample, sampling_path, seed_noise, time_steps
 from train import options as train_options
 from train import train
 from util import Parser, UserError, full_float32, number
@@ -320,6 +321,7 @@ def extractors(weights):
     net, _ = load_inception(weights)
     pytorch_fid.load_state_dict_from_url = lambda *a, **k: torch.load(weights, weights_only=True)
     theirs = pytorch_fid.InceptionV3([3]).eval()
+    bare = pytorch_fid.InceptionV3([3], resize_input=False, normalize_input=False).eval()
     compatible = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"],
                                                       feature_extractor_weights_path=weights).eval()
 
@@ -345,13 +347,13 @@ def extractors(weights):
         return metrics.NoTrainInceptionV3("inception-v3-compat", ["2048"], weights,
                                           antialias=antialias)
 
-    def resized(mode):
-        resize = clean.build_resizer(mode)
+    def resized(mode, middle, half):            # its resize rule, and pytorch-fid's network: its
+        resize = clean.build_resizer(mode)      # own is fetched as a compiled file
 
-        def features(x):                        # its resize rule, and our network behind it
+        def features(x):
             some = [torch.from_numpy(resize(i.permute(1, 2, 0).numpy())).permute(2, 0, 1)
                     for i in x]
-            return net(torch.stack(some))
+            return bare((torch.stack(some) - middle) / half)[0].flatten(1)
         return features
     antialiased, tf1 = torchmetric(True), torchmetric(False)
     return [
@@ -362,8 +364,10 @@ def extractors(weights):
         ("pytorch-fid", lambda x: theirs(x / 255)[0].flatten(1),
          root(score.calculate_frechet_distance)),
         ("torchmetrics, its default", lambda x: antialiased(x), metrics_distance),
-        ("clean-fid `legacy_pytorch`", resized("legacy_pytorch"), root(cleanfid.frechet_distance)),
-        ("clean-fid `clean`, its default", resized("clean"), root(cleanfid.frechet_distance))]
+        ("clean-fid `legacy_pytorch`", resized("legacy_pytorch", 127.5, 127.5),
+         root(cleanfid.frechet_distance)),
+        ("clean-fid `clean`, its default", resized("clean", 128, 128),
+         root(cleanfid.frechet_distance))]
 
 
 @torch.no_grad()
@@ -392,9 +396,8 @@ def fid_table(n):
 
 def folder_table():
     """Which files of a folder each of them reads."""
-    score, fidelity, cleanfid = imported("pytorch_fid.fid_score", "torch_fidelity.helpers",
-                                         "cleanfid.fid")
-    utils, = imported("torch_fidelity.utils")
+    score, utils, cleanfid = imported("pytorch_fid.fid_score", "torch_fidelity.utils",
+                                      "cleanfid.fid")
     names = ["a.png", "b.jpg", "c.JPG", "d.PNG", "e.bmp", "f.webp", "g.tif", "below/h.png"]
 
     def found_by_score(root):
@@ -408,14 +411,12 @@ def folder_table():
         return cleanfid.get_folder_features(str(root), verbose=False)
 
     def found_by_fidelity(root):
-        return utils.glob_samples_path(str(root), **{
-            "samples_find_deep": False, "samples_find_ext": "png,jpg,jpeg",
-            "samples_ext_lossy": "jpg,jpeg", "verbose": False})
+        return utils.glob_samples_paths(str(root), False, "png,jpg,jpeg", verbose=False)
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder) / "images"
+        root = Path(folder).resolve() / "images"
         (root / "below").mkdir(parents=True)
         for name in names:
-            Image.new("RGB", (8, 8)).save(root / name)
+            Image.new("RGB", (16, 16)).save(root / name)
         rows = [("reads", *names)]
         for name, function in (("pytorch-fid", found_by_score), ("torch-fidelity",
                                 found_by_fidelity), ("clean-fid", found_by_clean)):
@@ -488,7 +489,7 @@ def network_table(kimg):
             net = None if network is None else Denoiser(network())
             ema = train(args, net=net)
             line = Path(f"{out}/log.jsonl").read_text().splitlines()[-1]
-        log = __import__("json").loads(line)
+        log = json.loads(line)
         size = sum(p.numel() for p in ema.parameters())
         rows.append((name, f"{size:,}", f"{log['denoise']:.4f}", f"{log['deblur']:.4f}"))
     table(*rows)

@@ -11,21 +11,21 @@ ratio is the median of the pairs. Compilation and warm-up are left out.
 import copy
 import math
 import statistics
-import tempfile
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data import Images, augment
+from data import Images, augment, resident
 from degrade import degrade
 from loss import disentangled_loss
 from sample import sample
 from study.common import Cells, machine, parser, plotted
-from util import add_device_option, normalize, number, peak_memory
+from util import add_device_option, full_float32, normalize, number
 
 
 def options():
@@ -54,14 +54,13 @@ def measured(args, trained):
     size = trained.resolution or 32
     g = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (20_000, 3, size, size), dtype=torch.uint8, generator=g)
-    data = Images(images, torch.zeros(len(images), dtype=torch.long), ["random"], "random")
-    with tempfile.TemporaryDirectory() as trained.out:
-        run = train.prepare(trained, data, None, None)
-        run.log.close()
+    run = prepared(trained, Images(images, name="random"))
     compiled = trained.compile or trained.compile is None and run.device.type == "cuda"
+    if compiled:
+        run.net.unet.compile()
 
     our_steps(run, 3)                                           # compiles
-    memory = peak_memory(run.device)                            # before EDM's
+    memory = torch.cuda.max_memory_allocated() / 2 ** 30 if run.device.type == "cuda" else 0.
     loop = edms_loop(run, images)
     edms_steps(run, loop, 1)
     training = pairs(args.runs, partial(our_steps, run, args.steps),
@@ -78,6 +77,24 @@ def measured(args, trained):
             "parameters": sum(w.numel() for w in run.weights), "bf16": run.bf16,
             "compiled": bool(compiled), "forward_gflop": forward_flops(plain, run) / 1e9,
             "matrix_product_tflops": matrix_product_rate(run, args.quick) / 1e12}
+
+
+def prepared(args, data):
+    """The parts of a run, as train.train has them."""
+    full_float32()
+    device = torch.device(args.device)
+    path, net, config = train.parts(args, data, None, None)
+    net = net.to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8,
+                                 fused=True)
+    _, micro = train.shares_of_batch(args)
+    return SimpleNamespace(
+        args=args, device=device, path=path, sampling=train.sampled_along(path), net=net, seen=0,
+        config=config, ema=copy.deepcopy(net).eval().requires_grad_(False), optimizer=optimizer,
+        images=resident(data.images, device), labels=data.labels, micro=micro,
+        shape=list(data.images.shape[1:]), weights=list(net.parameters()),
+        bf16=args.precision != "fp32" and device.type == "cuda"
+        and torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def pairs(n, ours, theirs, device):
@@ -110,14 +127,19 @@ def synchronize(device):
 # Training
 
 def our_steps(run, n):
-    """n steps as in train.train, without its log."""
+    """n steps as in train.loop, without its log."""
     for _ in range(n):
-        train.set_learning_rate(run)
-        train.backward(run, train.draw_batch(run, run.seen, run.mine))
-        train.update(run)
-        train.update_ema(run)
-    run.history, run.norms = [], []
+        records = train.backward(run.args, run.net, drawn(run, run.seen), run.seen, run.bf16)
+        train.check_finite(run.net, records, run.seen // run.args.batch + 1)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        run.seen += run.args.batch
+        train.update_ema(run.args, run.ema, run.net, run.seen)
     return n * run.args.batch
+
+
+def drawn(run, seen):
+    return train.draw_batch(run.args, run.path, run.images, run.labels, seen, run.device)
 
 
 class OneByOne(Dataset):
@@ -173,23 +195,28 @@ def plain_copy(net):
 
 def shares(run, repeat):
     """Seconds of each part of our step, each alone with the device idle before and after."""
-    batch = train.draw_batch(run, 0, run.mine)
-    part, parts = train.cut(batch, slice(run.micro)), run.local // run.micro
+    batch, micro = drawn(run, 0), run.micro
+    parts = run.args.batch // micro
+    part = {k: None if v is None else v[:micro] for k, v in batch.items()}
     levels = part["x0"], part["alpha"], part["sigma"], part["noise"]
-    train.backward(run, batch)
-    gradients = [w.grad for w in run.weights]
+    heads = partial(run.net, augment=part["augment"])
+    train.backward(run.args, run.net, batch, 0, run.bf16)
+
+    def forward():
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
+            disentangled_loss(heads, *levels, run.net.sigma_data)
 
     def optimizer():
-        torch.nn.utils.get_total_norm(gradients)
+        torch.nn.utils.get_total_norm([w.grad for w in run.weights]).isfinite().item()
         run.optimizer.step()
 
-    functions = {"data and noise": lambda: train.draw_batch(run, 0, run.mine),
+    functions = {"data and noise": lambda: drawn(run, 0),
                  "augmentation": lambda: augment(batch["x0"], run.args.augment),
                  "blur": lambda: degrade(*levels),
-                 "forward": lambda: train.loss_terms(run, run.net, part),
-                 "backward": lambda: train.backward(run, batch),
+                 "forward": forward,
+                 "backward": lambda: train.backward(run.args, run.net, batch, 0, run.bf16),
                  "optimizer": optimizer,
-                 "EMA": lambda: train.update_ema(run)}
+                 "EMA": lambda: train.update_ema(run.args, run.ema, run.net, run.args.batch)}
     if not run.args.augment:
         del functions["augmentation"]
     found = {name: seconds(f, run.device, repeat) for name, f in functions.items()}
@@ -203,7 +230,7 @@ def shares(run, repeat):
 # Sampling, and what the device can do
 
 def samples(run, net, n):
-    c, h, w = run.facts["shape"]
+    c, h, w = run.shape
     latents = torch.randn(n, c, h, w, device=run.device)
     sample(net, run.sampling, latents, run.args.sample_steps, run.config["colour"])
     return n
@@ -217,7 +244,7 @@ def our_samples(run, n):
 @torch.no_grad()
 def forward_flops(net, run):
     """Operations of a forward pass of one image; a multiply-add is two."""
-    x = torch.zeros(1, *run.facts["shape"], device=run.device)
+    x = torch.zeros(1, *run.shape, device=run.device)
     with FlopCounterMode(display=False) as counter:
         net(x, 1., 1.)
     return counter.get_total_flops()

@@ -718,7 +718,7 @@ def test_cifar10_is_fetched_once_and_checked(tmp_path, monkeypatch, server):
     monkeypatch.setattr(data, "CIFAR10_URL", url)
     with pytest.raises(UserError, match="does not have the md5"):               # of the real file
         load("cifar10", folder=tmp_path)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["cifar-10-binary.tar.gz.bad"]
+    assert not list(tmp_path.iterdir())
     monkeypatch.setattr(data, "CIFAR10_MD5", hashlib.md5(handler.body).hexdigest())
     d = load("cifar10", folder=tmp_path)
     assert np.array_equal(d.images.numpy(), images)

@@ -254,7 +254,8 @@ def test_a_weight_that_does_not_fit_is_refused(tmp_path, monkeypatch, capsys, va
     (dict(model_channels=2048), "larger than the file"),
     (dict(label_dim=10 ** 12), "larger than the file"),
     (dict(channel_mult=[1] * 100), "mult"), (dict(attn_resolutions=["8"]), "attn_resolutions"),
-    (dict(num_blocks=2), "16x16_block1"), (dict(dropout=float("nan")), "dropout"), (dict(in_channels=1), "in_channels")])
+    (dict(num_blocks=2), "16x16_block1"),
+    (dict(dropout=float("nan")), "dropout"), (dict(in_channels=1), "in_channels")])
 def test_settings_that_do_not_fit_the_weights_are_refused(tmp_path, monkeypatch, capsys, changes,
                                                           words):
     file = write(tmp_path / "claim.pkl", network(**changes), monkeypatch)

@@ -5,17 +5,18 @@ import pytest
 import torch
 
 import sample as sample_script
-from degrade import (BlurringPath, ColdPath, ConstantBNR, blur, dct2, degrade, frequencies, idct2)
+from degrade import (BlurringPath, ColdPath, ConstantBNR, Path, blur, dct2, degrade, frequencies,
+                     idct2)
 from exact import gaussian_heads, gaussian_images, m_of, points_heads, power_law
 from loss import disentangled_loss
 from model import Denoiser, UNet
-from sample import (churn_step, generate, integral, plain_image, sample, seed_noise,
-                    slope_correction, solve, time_steps)
+from sample import (churn_step, classes_of, curvature, generate, multistep_times, plain_image,
+                    sample, seed_noise, solve, step, time_steps)
 
 H = W = 32
 SPECTRUM = power_law(H, W)
 SOLVERS = ["euler", "heun", "multistep"]
-ORDERS = [("euler", 1), ("heun", 2), ("multistep", 2)]         # with exact heads
+ORDERS = [("euler", 1), ("heun", 2), ("multistep", 2)]
 COLOUR = {"mean": [0.2, -0.1, 0.4], "cov": [[0.3, 0.1, 0.], [0.1, 0.2, 0.05], [0., 0.05, 0.1]]}
 
 
@@ -53,14 +54,15 @@ def orders(solver, path, spectrum, steps):
 @pytest.mark.parametrize("solver, order", ORDERS)
 def test_order_of_convergence(solver, order, bnr):
     found = orders(solver, ConstantBNR(bnr), SPECTRUM, (72, 144, 288))
-    assert found == pytest.approx([order] * 2, abs=0.15)
+    assert min(found) > order - 0.15
+    assert max(found) < order + 0.15 or solver == "multistep"   # its third order shows in part
 
 
 @pytest.mark.parametrize("solver, order", ORDERS)
 def test_order_of_convergence_on_the_blurring_path(solver, order):
-    """Multistep comes to its order late on this path."""
     found = orders(solver, BlurringPath(), power_law(8, 8), (288, 576, 1152))
-    assert found == pytest.approx([order] * 2, abs=0.15)
+    assert min(found) > order - 0.15
+    assert max(found) < order + 0.15 or solver == "multistep"
 
 
 def frechet(solver, steps, path):
@@ -141,62 +143,86 @@ def test_without_noise_a_step_is_cold_diffusions_algorithm_2():
     torch.testing.assert_close(ours, cold, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_a_step_of_no_length_returns_the_state_whatever_the_heads_answer(solver):
-    x, path = normals(1, 1, 8, 8), ConstantBNR(0.5)
-    net = lambda x, alpha, sigma: (x.sin(), x.cos())
-    assert torch.equal(solve(net, path, x, torch.tensor([2., 2.]), solver), x)
-    once, then_none = (solve(net, path, x, torch.tensor(t), solver)
-                       for t in ([3., 2.], [3., 2., 2.]))
-    assert torch.equal(once, then_none)
+def test_a_step_of_no_length_returns_the_state_whatever_the_heads_answer():
+    x, t = normals(1, 1, 8, 8), torch.tensor(2., dtype=torch.float64)
+    assert torch.equal(step(x, x.sin(), x.cos(), t, t, ConstantBNR(0.5)), x)
 
 
 # Multistep
 
 @pytest.mark.parametrize("bnr", [0.5, 2])
-def test_the_integral_of_multistep_is_the_closed_form(bnr):
-    x, c = torch.zeros(1, 1, 8, 16), frequencies(8, 16) * bnr ** 2 / 2
+def test_what_a_linear_estimate_adds_is_the_closed_form(bnr):
+    """sigma_s k ((l_s - l_t) M_s / sigma_s - J) + m ((l_s - l_t) - 1 + sigma_s / sigma_t), with
+    J, the integral of M e^l dl, by the error function."""
+    c, path = frequencies(8, 16) * bnr ** 2 / 2, ConstantBNR(bnr)
 
     def primitive(q):
         root = torch.sqrt(math.pi * c) * torch.erf(c.sqrt() * q)
         return -torch.exp(-c * q ** 2) / q - root
-    t = time_steps(6).tolist()
-    for a, b in zip(t[:-2], t[1:-1]):
-        closed = primitive(a) - primitive(b)
-        j = integral(a, b, ConstantBNR(bnr), x)
-        torch.testing.assert_close(j, closed, rtol=1e-6, atol=1e-9 / b)
+    values = normals(2, 2, 1, 1, 8, 16)                         # x0_hat and e, twice
+    t_before, t, s = 4., 2.5, 1.5
+    history = [(torch.tensor(-math.log(q), dtype=torch.float64), v)
+               for q, v in zip((t, t_before), values)]
+    ours = dct2(curvature(history, *(torch.tensor(v, dtype=torch.float64) for v in (t, s)), path))
+    k, m = (values[0] - values[1]) / math.log(t_before / t)
+    dl, j = math.log(t / s), primitive(t) - primitive(s)
+    closed = k * (dl * torch.exp(-c * s ** 2) - s * j) + m * (dl - 1 + s / t)
+    torch.testing.assert_close(ours, closed, rtol=1e-4, atol=1e-6)
 
 
-def test_multisteps_integral_on_the_blurring_path():
-    x, a, b = torch.zeros(1, 1, 8, 16), 3., 0.5
-    q = torch.logspace(math.log10(a), math.log10(b), 20001, dtype=torch.float64)
-    alpha = 20 * q ** 2 / (1 + q ** 2)
-    values = torch.exp(-frequencies(8, 16) * alpha[:, None, None] ** 2 / 2) / q[:, None, None]
-    expected = -torch.trapezoid(values, q.log(), dim=0)
-    torch.testing.assert_close(integral(a, b, BlurringPath(), x), expected, rtol=1e-6, atol=1e-9)
+class OwnParameter(Path):
+    """Another path in a parameter of its own, 0 < u < 1: sigma = tan(pi u / 2)."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def levels(self, u):
+        return self.path.levels(torch.tan(math.pi / 2 * u))
+
+    def t_range(self, h, w):
+        return tuple(2 / math.pi * math.atan(t) for t in self.path.t_range(h, w))
 
 
-@pytest.mark.parametrize("bnr", [0, 0.5, 2])
-def test_multistep_is_exact_where_the_estimate_is_linear_and_the_heads_differ_by_a_constant(bnr):
-    """dy = x0_hat d(M / sigma) + e d(1 / sigma), y = x / sigma, with x0_hat = a + k l and e
-    constant, integrated finely by a rule of its own. The first step takes x0_hat as constant."""
-    a, k, e = normals(3, 1, 1, 8, 8)
-    m = lambda q: torch.exp(-frequencies(8, 8) * (bnr * q) ** 2 / 2)
+PATHS = [ConstantBNR(0), ConstantBNR(0.5), ConstantBNR(2), ConstantBNR(10), BlurringPath(),
+         OwnParameter(ConstantBNR(0.5)), OwnParameter(BlurringPath())]
 
-    def net(x, alpha, sigma):
-        x0_hat = a - k * sigma.log()
-        d = idct2(m(sigma) * dct2(x0_hat) + e)
-        return d, x0_hat - d
-    x = normals(1, 1, 8, 8, seed=1)
-    times = torch.tensor([5., 3., 1.5], dtype=torch.float64)
-    ours = dct2(solve(net, ConstantBNR(bnr), x, times, "multistep"))
-    estimate = lambda q: dct2(a - k * math.log(q))
-    first = dct2(x) / 5 + estimate(5.) * (m(3.) / 3 - m(5.) / 5) + e * (1 / 3 - 1 / 5)
-    q = torch.logspace(math.log10(3), math.log10(1.5), 4001, dtype=torch.float64)
-    y = torch.stack([m(v) / v for v in q.tolist()])
-    middle = torch.stack([estimate(v)[0, 0] for v in (q[1:] * q[:-1]).sqrt().tolist()])
-    second = first + (middle * y.diff(dim=0)).sum(0) + e * (1 / 1.5 - 1 / 3)
-    torch.testing.assert_close(ours, 1.5 * second, rtol=1e-6, atol=1e-6)
+
+@pytest.mark.parametrize("path", [ConstantBNR(0.5), BlurringPath()])
+def test_multistep_does_not_see_the_paths_parameter(path):
+    x, net = 80 * normals(2, 1, 8, 8), heads_that_disagree(power_law(8, 8))
+    ours, other = (solve(net, p, x, multistep_times(12, p, 8, 8), "multistep")
+                   for p in (path, OwnParameter(path)))
+    assert (ours - other).square().mean().sqrt() < 3e-3
+
+
+def rms_error(solver, steps, path, side):
+    """Over the pixels of Gaussian images of power 1 / lam, a quarter of it in the mean."""
+    lam = frequencies(side, side)
+    s = torch.where(lam > 0, 1 / lam, 0)
+    s = 0.1875 * s * side ** 2 / s.sum()
+    s[0, 0] = 0.0625 * side ** 2
+    end = 80 * (s / (m_of(80 * path.bnr, side, side)[0, 0] ** 2 * s + 80 ** 2)).sqrt()
+    times = (multistep_times(steps, path, side, side) if solver == "multistep"
+             else time_steps(steps))
+    return (80 * gains(solver, times, path, s) - 80 * end / 80).square().mean().sqrt()
+
+
+@pytest.mark.parametrize("bnr", [0, 0.5])
+@pytest.mark.parametrize("side", [16, 32, 64])
+def test_twelve_evaluations_of_multistep_are_as_good_as_heuns_35(side, bnr):
+    path = ConstantBNR(bnr)
+    assert rms_error("multistep", 12, path, side) <= rms_error("heun", 18, path, side)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("n", [1, 2, 6, 9, 12, 18])
+def test_multisteps_levels_fall_from_the_start_to_0_evenly_in_their_own_scale(path, n):
+    t = multistep_times(n, path, 16, 16)
+    sigma = torch.as_tensor(path.levels(t)[1])
+    assert len(t) == n + 1 and t[0] == path.t_range(16, 16)[1] and t[-1] == 0
+    assert (t.diff() < 0).all()
+    steps = torch.log1p(24 / sigma[1:-1]).diff()                # 1.5 times the side
+    assert len(steps) < 2 or (steps / steps.mean() - 1).abs().max() < 1e-6
 
 
 def heads_that_disagree(spectrum):
@@ -229,43 +255,20 @@ def runge_kutta(net, path, x, t, s, n):
     return x
 
 
-def multistep_without_e(net, path, x, times):
-    """A plausible but wrong multistep: dy = x0_hat d(M / sigma), y = x / sigma, without the term in
-    e = D - V M V^T x0_hat. With exact heads e = 0, and it is the same as ours."""
-    before, shape = None, x.shape[-2:]
-    for t, s in zip(times[:-1].tolist(), times[1:].tolist()):
-        alpha, sigma = path.levels(torch.tensor(t, dtype=torch.float64))
-        x0_hat, shrink = sum(net(x, alpha, sigma)), s / t       # sigma is t on these paths
-        change = m_of(path.levels(s)[0], *shape) - shrink * m_of(alpha, *shape)
-        x = shrink * x + idct2(change * dct2(x0_hat))
-        if before is not None:
-            x = x + slope_correction(x0_hat, t, *before, s, path)
-        before = x0_hat, t
-    return x
-
-
-@pytest.mark.parametrize("path", [ConstantBNR(0), ConstantBNR(0.5), ConstantBNR(2), BlurringPath()])
+@pytest.mark.parametrize("path", PATHS[:5])
 def test_samplers_agree_on_heads_that_disagree(path):
-    """With more steps every sampler comes to the flow's end: Heun at order 2, the others at order
-    1, since multistep takes e as constant over a step. The form without e does not come there,
-    which exact heads cannot show."""
+    """With more steps every sampler comes to the flow's end at its order, though D is not the
+    blurred D + R: a multistep that forgets this e, or its slope, does not."""
     spectrum, x = power_law(8, 8), 5 * normals(2, 1, 8, 8)
     net, steps = heads_that_disagree(spectrum), (50, 100, 200)
     times = [time_steps(n, 0.05, 5.)[:-1] for n in steps]
     end = runge_kutta(net, path, x, 5., 0.05, 100)
     error = lambda y: ((y - end).norm() / end.norm()).item()
-    for solver, order, last in zip(SOLVERS, (1, 2, 1), (0.03, 0.0005, 0.01)):
+    for (solver, order), last in zip(ORDERS, (0.03, 0.001, 0.001)):
         errors = [error(solve(net, path, x, t, solver)) for t in times]
         assert errors[-1] < last, solver
         for coarse, fine in zip(errors, errors[1:]):
-            assert math.log2(coarse / fine) > order - 0.1, solver
-    errors = [error(multistep_without_e(net, path, x, t)) for t in times]
-    assert min(errors) > 0.5 and errors[-1] == pytest.approx(errors[0], rel=0.01)
-
-    exact = gaussian_heads(spectrum)
-    ours, other = (f(exact, path, x, times[0]) for f in (
-        lambda *a: solve(*a, "multistep"), multistep_without_e))
-    torch.testing.assert_close(ours, other, rtol=0, atol=1e-10)
+            assert math.log2(coarse / fine) > order - 0.3 or fine < 2e-5, solver
 
 
 def test_multisteps_last_step_is_the_estimate_itself():
@@ -340,7 +343,7 @@ def test_time_steps_are_edms():
     assert time_steps(1).tolist() == pytest.approx([80, 0])
 
 
-@pytest.mark.parametrize("solver, nfe", [("euler", 18), ("heun", 35), ("multistep", 18)])
+@pytest.mark.parametrize("solver, nfe", [("euler", 18), ("heun", 35), ("multistep", 12)])
 def test_network_evaluations(solver, nfe):
     asked = []
 

@@ -433,12 +433,11 @@ def test_a_class_conditional_model_is_compared_with_the_images_of_its_class(tmp_
 def test_the_loop_like_edms_takes_the_same_step_on_the_same_batch(tmp_path):
     """On a data set of one image, with the same draws, a step of both moves the weights alike."""
     image = leaves(1, 8)
-    data = Images(image.expand(16, -1, -1, -1).contiguous(), torch.zeros(16, dtype=torch.long),
-                  ["x"], "x")
+    data = Images(image.expand(16, -1, -1, -1).contiguous())
     args = train.options("--channels 8 --mult 1 --attention --batch 8 --device cpu --augment 0 "
                          "--dropout 0 --warmup 0 --resolution 8 --no-compile --lr 1e-3".split()
                          + ["--out", str(tmp_path / "run")])
-    run = train.prepare(args, data, None, None)
+    run = speed.prepared(args, data)
     with torch.no_grad():
         for w in run.weights:               # off their initial values, where some gradients are 0
             w.add_(0.05 * torch.randn(w.shape, generator=torch.Generator().manual_seed(0)))

@@ -113,8 +113,8 @@ def test_a_run_with_parts_of_ones_own_resumes(tmp_path):
 @pytest.mark.parametrize("channels, scale", [(3, 127.5), (1, 127.5), (4, 1)])
 def test_a_tensor_of_images(tmp_path, channels, scale):
     images = noise_images(channels)
-    if scale == 1:                                              # latents
-        images.images = 3 * torch.randn(20, channels, 8, 8)
+    if scale == 1:
+        images = Images(3 * torch.randn(20, channels, 8, 8), name="noise", latents=True)
     ema = train.train(options(tmp_path), images)
     x = four_samples(ema, degrade.ConstantBNR(0.5), channels)
     net, checkpoint = load_model(tmp_path / "ema.pt")
@@ -140,7 +140,8 @@ def test_the_readmes_code_runs_as_it_stands(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
                           text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run-swap/ema.pt").exists() and len(block) <= 20
+    assert (tmp_path / "run-swap/ema.pt").exists()
+    assert len(block) <= 24                 # 20 of the parts, 4 to save and go on
 
 
 def test_a_network_may_have_frozen_and_unused_parameters(tmp_path):

@@ -48,7 +48,7 @@ def write_noise(filename, seed, shape=(8, 8, 3)):
 
 def tensor_of_noise(n, *shape):
     x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(0))
-    return Images(x, torch.zeros(n, dtype=torch.long), ["all"], "noise")
+    return Images(x, name="noise", latents=True)
 
 
 def run(monkeypatch, *args, main=train.main):
@@ -153,10 +153,10 @@ class Cut(Exception):
 def test_a_run_cut_between_checkpoints_repeats_from_the_last(tmp_path, images, monkeypatch):
     small(monkeypatch, images, tmp_path / "whole", "--duration", 0.096)
 
-    def cut(seen, *args, original=train.summary):
+    def cut(args, seen, *others, original=train.summary):
         if seen == 80:
             raise Cut
-        return original(seen, *args)
+        return original(args, seen, *others)
     with monkeypatch.context() as m, pytest.raises(Cut):
         m.setattr(train, "summary", cut)
         small(m, images, tmp_path / "cut", "--duration", 0.096)
@@ -236,19 +236,19 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_training_continues(tmp_path, 
 def test_a_full_disk_costs_a_log_line_only(tmp_path, images, monkeypatch, capsys):
     small(monkeypatch, images, tmp_path / "whole", "--duration", 0.064)
 
-    def log_on_a_full_disk(*args, original=train.resumed_log):
+    def log_on_a_full_disk(*args, original=train.begin):
         log, lines = original(*args), []
 
         class Log:
             flush = log.flush
 
             def write(self, line):
-                lines.append(line)
+                lines.extend([line] if line != "\n" else [])
                 if len(lines) == 2:
                     raise OSError(28, "No space left on device")
                 log.write(line)
         return Log()
-    monkeypatch.setattr(train, "resumed_log", log_on_a_full_disk)
+    monkeypatch.setattr(train, "begin", log_on_a_full_disk)
     small(monkeypatch, images, tmp_path / "full", "--duration", 0.064)
     printed = capsys.readouterr().err
     assert printed.count("a log line could not be written (No space left on device)") == 1
@@ -306,11 +306,11 @@ def test_a_damaged_options_file_is_one_line(tmp_path, images, monkeypatch, capsy
     stored = json.loads((tmp_path / "run/options.json").read_text())
     resume = ["--resume", tmp_path / "run", "--device", "cpu"]
     refused(capsys, lambda: run(monkeypatch, *resume, "--bnr", 0.5), "--bnr", "--path")
-    for change, words in (({"batch": "x"}, "--batch must be"), ({"mult": 5}, "--mult"),
-                          ({"mult": {}}, "--mult must be"), ({"preset": "x"}, "--preset")):
+    for change, words in (({"batch": "x"}, "--batch must be"), ({"mult": 5}, "no run"),
+                          ({"mult": {}}, ""), ({"preset": "x"}, "no run")):
         (tmp_path / "run/options.json").write_text(json.dumps({**stored, **change}))
         refused(capsys, lambda: run(monkeypatch, *resume), words)
-    for text in ("{", "5", "null", '{"bogus": 5}', '{"preset": "tiny"}'):
+    for text in ("{", "5", "null", '{"bogus": 5}'):
         (tmp_path / "run/options.json").write_text(text)
         refused(capsys, lambda: run(monkeypatch, *resume), "it holds no run")
 
@@ -322,36 +322,21 @@ def test_a_run_resumes_with_its_own_options_and_keeps_snapshots(tmp_path, images
     small(monkeypatch, images, tmp_path / "parts", *extra, 0.032)
     run(monkeypatch, "--resume", tmp_path / "parts", "--duration", 0.064, "--device", "cpu")
     printed = capsys.readouterr().out.splitlines()
-    assert any("resuming at 0.032 kimg" in line for line in printed)
+    assert any("resuming at 0.032 of 0.064 kimg" in line for line in printed)
     whole, parts = (weights(tmp_path / out, "state.pt") for out in ("whole", "parts"))
     assert same(whole[0], parts[0])
-    last = log_of(tmp_path / "parts")[-1]
-    assert printed[-3:] == [
-        f"at 0.064 kimg: denoise {last['denoise']}, deblur {last['deblur']}",
+    assert printed[-2:] == [
         f"python sample.py --ckpt {tmp_path}/parts/ema.pt",
         f"python fid.py --ckpt {tmp_path}/parts/ema.pt --ref {images}"]
-    assert "ema.pt" in printed[-4] and ".lock" not in printed[-4]
     kept = sorted(f.name for f in (tmp_path / "parts").glob("ema-*"))
     assert kept == [f"ema-000000.0{k}.pt" for k in (16, 32, 48, 64)]
     assert weights(tmp_path / "parts", "ema-000000.048.pt")[1]["seen"] == 48
     assert same(weights(tmp_path / "parts", kept[-1])[0], weights(tmp_path / "parts")[0])
-    run(monkeypatch, "--resume", tmp_path / "parts", "--duration", 0.08, "--lr", 0.5, "--device",
+    run(monkeypatch, "--resume", tmp_path / "parts", "--duration", 0.08, "--lr", 0.005, "--device",
         "cpu")
-    assert log_of(tmp_path / "parts")[-1]["lr"] == 0.5
+    assert log_of(tmp_path / "parts")[-1]["lr"] == 0.005
     for args, words in ((["--seed", 4], "--seed 3, not 4"), (["--out", "x"], "two folders")):
         refused(capsys, lambda: run(monkeypatch, "--resume", tmp_path / "parts", *args), words)
-
-
-def test_a_reader_that_has_gone_is_noted_like_a_signal(monkeypatch):
-    reading, writing = os.pipe()
-    os.close(reading)
-    with open(writing, "w") as closed:
-        monkeypatch.setattr(sys, "stdout", closed)
-        with signals_noted() as signals:
-            for _ in range(2):
-                print("a line", flush=True)
-        assert signals == [13]
-        print("nobody reads this", flush=True)
 
 
 def test_a_run_whose_output_is_closed_saves_and_ends(tmp_path, images):
@@ -373,17 +358,6 @@ def test_out_of_memory_is_one_line(capsys):
 def allocate(size):
     with Parser().one_line_errors():
         torch.empty(size, dtype=torch.uint8)
-
-
-@pytest.mark.parametrize("rank, waits", [("0", []), ("1", [6])])
-def test_an_error_of_another_process_than_the_first_is_said_last(rank, waits, monkeypatch, capsys):
-    """By then torchrun has ended it, where the first process failed, too."""
-    waited = []
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(time, "sleep", lambda seconds: waited.append(seconds))
-    refused(capsys, lambda: Parser().error("no image"), "no image")
-    assert [seconds for seconds in waited if seconds] == waits
 
 
 @pytest.mark.parametrize("extra", ["", "--augment 1"])
@@ -409,8 +383,7 @@ def test_a_step_is_the_recipes(tmp_path, images, monkeypatch):
         asked.append((x, p))
         return original(x, p, *part)
 
-    def look(run):
-        net = run.ema
+    def look(args, run, path, net, seen):
         grids.append((net.training, {k: v.clone() for k, v in net.state_dict().items()}))
         # otherwise each step's graph would be kept
         assert all(p.is_leaf and not p.requires_grad for p in net.parameters())
@@ -482,12 +455,13 @@ def test_the_network_is_told_the_levels_of_each_image(tmp_path, monkeypatch):
     """--bnr any: what reaches the unet is the image at the levels that it is told, in parts too."""
     drawn, told = watch_loss(monkeypatch), []
 
-    def prepared(*args, original=train.prepare):
-        run = original(*args)
-        run.net.unet.register_forward_pre_hook(
-            lambda unet, args, kw: told.append((args, kw)), with_kwargs=True)
-        return run
-    monkeypatch.setattr(train, "prepare", prepared)
+    def watched(*args, original=train.parts):
+        path, net, config = original(*args)
+        net.unet.register_forward_pre_hook(
+            lambda unet, args, kw: told.append((args, kw)) if unet.training else None,
+            with_kwargs=True)
+        return path, net, config
+    monkeypatch.setattr(train, "parts", watched)
     options = "--bnr any --batch 16 --batch-gpu 8 --duration 0.064".split()
     train.train(small_options(tmp_path, *options), tensor_of_noise(50, 3, 8, 8))
     assert len(drawn) == len(told) == 8
@@ -582,9 +556,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         levels.append(sigma)
         return (denoise * math.nan if len(levels) == 3 else denoise), deblur
     monkeypatch.setattr(train, "disentangled_loss", poisoned)
-    last = refused(capsys, lambda: small(monkeypatch, images, out, "--duration", 0.064),
-                   "loss is not finite at step 11", "denoise nan")
-    assert f"level {levels[2][0]:.4g} " in last
+    refused(capsys, lambda: small(monkeypatch, images, out, "--duration", 0.064),
+            "loss is not finite at step 11", "denoise is [nan")
     assert (out / "ema.pt").read_bytes() == before
 
 
@@ -608,9 +581,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_is_named(tmp_path, imag
         return denoise, deblur
     burst.calls, burst.level = 0, 0.
     monkeypatch.setattr(train, "disentangled_loss", burst)
-    last = refused(capsys, lambda: small(monkeypatch, images, out, *extra, 0.064),
-                   "gradient is not finite at step 11")
-    assert f"at step 11, level {burst.level:.4g}, term deblur" in last
+    refused(capsys, lambda: small(monkeypatch, images, out, *extra, 0.064),
+            "gradient is not finite at step 11; from low to high levels, denoise is [")
     assert (out / "ema.pt").read_bytes() == before
 
 
@@ -626,13 +598,12 @@ def test_log_lines_split_the_loss_by_quartile_of_the_levels():
     t = torch.exp(-1.2 + 1.2 * torch.tensor([-0.75, -0.6, 0.6, 0.75, -2., -0.3, 0.3, 2.]))
     denoise = torch.tensor([1., 2, 3, 4, 3, 4, 5, 6])
     records = torch.stack([t, denoise, torch.zeros(8)])
-    records = records.reshape(3, 2, 4).transpose(0, 1)          # [steps, 3, batch]
-    cpu = torch.device("cpu")
-    line = train.summary(8, records, 0.1, time.time() - 2, cpu)
+    args = argparse.Namespace(batch=4, device="cpu")
+    line = train.summary(args, 8, records, 0.1, time.time() - 2)
     assert line["denoise_by_level"] == [2, 3, 4, 5]
     assert line["denoise"] == 3.5 and line["deblur"] == 0
     assert line["step"] == 2 and line["images_per_s"] == pytest.approx(4, rel=0.1)
-    one = train.summary(1, records[:1, :, :1], 0.1, 0., cpu)
+    one = train.summary(args, 1, records[:, :1], 0.1, 0.)
     assert one["denoise_by_level"] == [1, None, None, None]
 
 
@@ -691,40 +662,17 @@ def test_sampling_from_the_command_line(trained, monkeypatch, capsys):
     assert abs(difference).mean() < 8       # a hundredth of the range in, about that out
 
 
-def test_variations_an_interpolation_and_a_folder_that_is_used_again(trained, tmp_path, monkeypatch,
-                                                                     capsys):
+def test_options_of_sampling_that_make_no_sense(trained, tmp_path, monkeypatch, capsys):
     def draw(*args):
         run(monkeypatch, "--ckpt", trained / "run/ema.pt", "--device", "cpu", "--steps", 2,
             "--out", tmp_path / "s", *args, main=sample.main)
-        names = {f.name for f in (tmp_path / "s").iterdir()}
-        return names, capsys.readouterr().err
-
-    def image(name):
-        return np.asarray(Image.open(tmp_path / f"s/{name}.png")).astype(int)
-    names, printed = draw("--interpolate", "3-5", 3, "--churn", 1)
-    between = {f"3-5-{i:06d}.png" for i in range(3)}
-    assert names == between and "other seeds" not in printed
-    names, printed = draw("--seeds", "3-5", "--churn", 1)
-    assert "holds 3 files of other seeds" in printed
-    assert names == between | {f"{i:06d}.png" for i in (3, 4, 5)}
-    for place, seed in ((0, 3), (2, 5)):
-        assert abs(image(f"3-5-{place:06d}") - image(f"{seed:06d}")).max() <= 1
-    assert "other seeds" in draw("--interpolate", "3-5", 3)[1]
     for args, words in ((["--grid", "--strip"], "not allowed with"),
-                        (["--s-min", 1], "levels of --churn"),
+                        (["--s-min", 1], "belong to --churn"),
                         (["--churn", 1, "--s-min", 5, "--s-max", 1], "--s-min 5 is above")):
         refused(capsys, lambda: draw(*args), words)
-    names, _ = draw("--init", tmp_path / "s/000003.png")
-    assert names == between | {f"{i:06d}.png" for i in range(8)}
-
-
-def test_a_walk_between_two_seeds_stays_unit_normal():
-    """Its places lie at nearly equal angles; a straight line would be uneven and short."""
-    x = sample.walk(3, 8, 5)(range(5), (3, 16, 16))().flatten(1)
-    torch.testing.assert_close(x[[0, 4]], sample.seed_noise([3, 8], (3, 16, 16))().flatten(1))
-    unit = x / x.norm(dim=1, keepdim=True)
-    angles = torch.acos((unit[1:] * unit[:-1]).sum(1))
-    assert angles.std() < 0.05 * angles.mean() and (x.std(1) - 1).abs().max() < 0.06
+    draw("--seeds", 3)
+    draw("--init", tmp_path / "s/000003.png")                   # into the same folder
+    assert {f.name for f in (tmp_path / "s").iterdir()} == {f"{i:06d}.png" for i in range(8)}
 
 
 def test_a_range_of_seeds_takes_no_memory():
@@ -759,7 +707,7 @@ def test_bad_options(trained, images, tmp_path, monkeypatch, capsys):
         (["--bnr", "1", "--path", "blurring"], ["--path", "--bnr"]),
         (["--bnr", "any", "--path", "blurring"], ["--path", "--bnr"]),
         (["--cond"], ["--cond", "leaves"]),
-        (["--data", tmp_path / "empty"], ["contains no readable image"]),
+        (["--data", tmp_path / "empty"], ["contains no image that can be read"]),
         (["--data", tmp_path / "none"], ["does not exist"]),
         (["--data", Path(images) / "0.png"], ["is one image"]),
         (["--resolution", "15"], ["15 x 15 do not divide by 2"]),
@@ -771,7 +719,6 @@ def test_bad_options(trained, images, tmp_path, monkeypatch, capsys):
         (["--attention", "7"], ["--attention 7", "16, 8"]),
         (["--attention", "8", "7"], ["--attention 7:"]),
         (["--duration", "0"], ["--duration must be"]),
-        (["--snapshot-every", "1e-10"], ["--snapshot-every must be 0 or at least 0.001"]),
         (["--duration", "x"], ["--duration must be a number", "'x'"]),
         (["--data", ""], ["--data must not be empty"]),
         (["--init-from", ""], ["--init-from must not be empty"]),
@@ -834,9 +781,6 @@ def test_bad_checkpoints(trained, tmp_path, monkeypatch, capsys):
     os.mkfifo(tmp_path / "pipe")
     bad(["pipe is a device or a pipe"], tmp_path / "pipe")
     bad(["pipe is a device or a pipe"], good, "--init", tmp_path / "pipe")
-    for words in (["3-3", "5"], ["3", "5"], ["3-8", "1"], ["3-x", "5"]):
-        bad(["--interpolate takes two different seeds"], good, "--interpolate", *words)
-    bad(["leave --seeds"], good, "--interpolate", "1-2", "5", "--seeds", "1")
     assert not (tmp_path / "out").exists()
 
 
@@ -866,7 +810,7 @@ def test_four_channel_latents_train_and_sample(tmp_path, monkeypatch):
     ema = train.train(small_options(tmp_path / "run", "--duration", 0.016), data)
     for (_, x0, *_), _ in drawn:
         assert all((x == data.images).all((1, 2, 3)).any() for x in x0)
-    assert Image.open(tmp_path / "run/grid-000000.016.png").size == (8 * 66, 8 * 66)
+    assert not list((tmp_path / "run").glob("*.png"))
     net, checkpoint = load_model(tmp_path / "run/ema.pt")
     assert same(net.state_dict(), ema.state_dict()) and checkpoint["data"]["shape"] == [4, 8, 8]
     std = data.images.double().std((0, 2, 3), unbiased=False)
@@ -878,12 +822,10 @@ def test_four_channel_latents_train_and_sample(tmp_path, monkeypatch):
     assert latents.shape == (4, 4, 8, 8) and latents.dtype == np.float32
     drawn = sample.generate(net, ConstantBNR(0.5), (4, 8, 8), range(4), steps=2)
     np.testing.assert_allclose(latents, torch.cat(list(drawn)).numpy(), rtol=1e-4, atol=1e-4)
-    assert Image.open(tmp_path / "s-grid.png").size == (2 * 66, 2 * 66)
+    assert not (tmp_path / "s-grid.png").exists()
 
 
-@pytest.mark.parametrize("script, made", [
-    ("degrade.py", "degrade.png"), ("model.py", None), ("loss.py", None),
-    ("data.py --resolution 4", "data.png")])
+@pytest.mark.parametrize("script, made", [("degrade.py", "degrade.png"), ("loss.py", None)])
 def test_every_file_runs_by_itself(tmp_path, script, made):
     name, *args = script.split()
     done = subprocess.run([sys.executable, str(ROOT / name), *args], cwd=tmp_path,
@@ -921,7 +863,7 @@ def test_each_variant_from_the_command_line(options, two_classes, tmp_path, monk
     def bad(*args, words=()):
         refused(capsys, lambda: draw(*args), *words)
     draw("--seeds", "0-3", "--steps", 3, "--churn", 1)
-    assert len(list((tmp_path / "s").iterdir())) == 4
+    assert len(list((tmp_path / "s").glob("*.png"))) == 4
     if cold:
         for level in (0.05, 9):
             bad("--init", two_classes / "a/0.png", "--level", level,
@@ -957,8 +899,9 @@ def test_one_network_for_every_ratio_from_the_command_line(trained, two_classes,
             *args, main=sample.main)
         return (tmp_path / out).with_name(f"{out}-grid.png")
     grid = (tmp_path / "run/grid-000000.032.png").read_bytes()
-    assert draw("plain", "--grid").read_bytes() == grid         # --sample-steps is 2, too
-    assert draw("half", "--grid", "--bnr", 0.5).read_bytes() == grid
+    as_training = ["--grid", "--solver", "multistep", "--steps", 12]
+    assert draw("plain", *as_training).read_bytes() == grid
+    assert draw("half", *as_training, "--bnr", 0.5).read_bytes() == grid
     others = [draw("s", "--grid", *args.split()).read_bytes()
               for args in ("--bnr 0", "--bnr 10", "--path blurring")]
     assert len({grid, *others}) == 4
@@ -978,7 +921,7 @@ def test_one_network_for_every_ratio_from_the_command_line(trained, two_classes,
 
 
 def test_a_run_starts_from_another_models_weights(images, tmp_path, monkeypatch, capsys):
-    """The deblurring head, which BNR 0 has not trained, and the ratio's layer start at zero."""
+    """The ratio's layer, which is new, starts at zero."""
     hot, out = tmp_path / "hot", tmp_path / "any"
     small(monkeypatch, images, hot, "--bnr", 0, "--duration", 0.032, "--lr", 0.01)
     extra = ["--bnr", "any", "--lr", 0, "--init-from", hot / "ema.pt", "--duration"]
@@ -988,21 +931,19 @@ def test_a_run_starts_from_another_models_weights(images, tmp_path, monkeypatch,
         new = weights(out, "state.pt")[1][part]
         assert new.keys() - old.keys() == {"unet.from_ratio.weight"}
         for name, v in new.items():
-            half = 3 if name.startswith("unet.last.") else len(v)
-            expected = old.get(name, torch.zeros_like(v))
-            assert torch.equal(v[:half], expected[:half]) and not v[half:].any()
+            assert torch.equal(v, old.get(name, torch.zeros_like(v)))
     (hot / "ema.pt").rename(hot / "away.pt")                    # to resume it is not needed
     small(monkeypatch, images, out, *extra, 0.008)
     assert weights(out)[1]["seen"] == 8
     wide = ["--channels", 16, "--init-from", hot / "away.pt"]
     last = refused(capsys, lambda: small(monkeypatch, images, tmp_path / "wide", *wide),
-                   "away.pt does not fit this network", "is [")
-    assert "there and" in last and not (tmp_path / "wide").exists()
+                   "away.pt does not fit this network", "config is")
+    assert "size mismatch" in last and not (tmp_path / "wide").exists()
 
 
 def test_colour_of_one_image():
     white = torch.full((1, 1, 4, 4), 255, dtype=torch.uint8)
-    assert Images(white, torch.zeros(1), ["x"], "x").colour() == {"mean": [1.], "cov": [[0.]]}
+    assert Images(white).colour() == {"mean": [1.], "cov": [[0.]]}
 
 
 # Presets
