@@ -537,7 +537,8 @@ def zip_members(path):
     archive = zipfile.ZipFile(path)
     files = [info for info in archive.infolist() if not info.filename.endswith(("/", "\\"))]
     bounded(path, sum(info.file_size for info in files))
-    return [(info.filename, partial(archive.read, info)) for info in files]
+    return [(info.filename, refuse_link if info.external_attr >> 28 == 0o12     # Unix's S_IFLNK
+             else partial(archive.read, info)) for info in files]
 
 
 def tar_members(path):
@@ -548,18 +549,19 @@ def tar_members(path):
             bounded(path, header.size)                          # before it is read
             return header
 
-    def read(member):
-        if not member.isfile():
-            raise ValueError("it is a link in an archive; links are not followed")
-        return tar.extractfile(member).read()
     tar = tarfile.open(path, tarinfo=Header)
     for member in tar:
         bounded(path, member.offset_data + member.size)
         if not member.isdir():
-            yield member.name, partial(read, member)
+            yield member.name, (lambda m=member: tar.extractfile(m).read()) if member.isfile() \
+                else refuse_link
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(512) != bytes(512):                     # where tarfile ends without a word
         raise UserError(f"{path} is cut short or damaged: copy it again")
+
+
+def refuse_link():
+    raise ValueError("it is a link in an archive; links are not followed")
 
 
 def bounded(path, size):
