@@ -11,14 +11,12 @@ import json
 import math
 import os
 import re
-import secrets
 import tarfile
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -36,14 +34,12 @@ CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}     # Pillow's formats
 EXTENSIONS = {e for e, f in Image.registered_extensions().items() if f not in NO_PICTURES}
-LEFTOVERS = {"__macosx", "@eadir", "@__thumb", "#recycle", "@recycle", "$recycle.bin", "thumbs.db",
-             "desktop.ini", "lost+found", "__pycache__"}        # and what begins with a dot
-LABELS = re.compile(r"(^|/)(dataset\.json|metadata\.(csv|jsonl|parquet)|[^/]+\.cls)$")
-CIFAR10_BATCH = re.compile(r"(^|/)data_batch_[1-5](\.bin)?$")
+LEFTOVERS = {"__macosx", "@eadir", "@__thumb", "#recycle", "@recycle", "$recycle.bin"}
+READ_FIRST = re.compile(r"dataset\.json|metadata\.(csv|jsonl|parquet)|data_batch_[1-5](\.bin)?")
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
 UNPACK_LIMIT = 2 ** 29                          # bytes that every archive may unpack to
 KEEP_FROM = 2 ** 24                             # bytes of decoded images that are worth a file
-VERSION = 2                                     # of how images are decoded
+VERSION = 3                                     # of how images are decoded
 
 
 @dataclass
@@ -114,7 +110,8 @@ def load(spec, resolution=None, folder="data", keep=True):
     keep: many images are decoded once, kept in folder until their files change, and mapped into
     memory: the processes of a machine share them, and only what is used has to fit.
     """
-    if spec in ("leaves", "cifar10") and Path(spec).exists():
+    if spec in ("leaves", "cifar10") and os.path.exists(spec) \
+            and not os.path.exists(f"{spec}/options.json"):     # a run
         raise UserError(f"{spec} is a built-in set, and there is a {spec} here: give ./{spec} for "
                         "that one, or rename it to have the built-in set")
     if spec == "leaves":
@@ -127,10 +124,10 @@ def load(spec, resolution=None, folder="data", keep=True):
     if not path.exists():
         raise UserError(f"{path} does not exist: give leaves, cifar10, or a folder, zip, tar, .npy "
                         "or .npz of images")
-    if path.is_file() and is_image(path.name):
+    if path.is_file() and path.suffix.lower() in EXTENSIONS:
         raise UserError(f"{path} is one image: give the folder that contains it")
     paths = folder_files(path) if path.is_dir() else {"": path}
-    key = VERSION, array, resolution, [(n, stamp(p)) for n, p in paths.items() if not hidden(n)]
+    key = VERSION, array, resolution, [(name, stamp(file)) for name, file in paths.items()]
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
     kept = Path(folder, f"images-{path.resolve().stem}-{digest}.npy")
     try:
@@ -140,8 +137,8 @@ def load(spec, resolution=None, folder="data", keep=True):
         images, found = decode_all(path, paths, array, resolution, kept if keep else None)
     for line in found.pop("said"):
         warn(f"{path}: {line}")
-    shape, labels = found.pop("shape"), torch.tensor(found.pop("labels"))
-    images = torch.from_numpy(images.reshape(-1)[:math.prod(shape)].reshape(shape))
+    labels = torch.tensor(found.pop("labels"))
+    images = torch.from_numpy(images)[:len(labels), :found.pop("channels")]
     found["name"] = spec if spec == "cifar10" else found["name"]
     return Images(images, labels, **found)
 
@@ -291,34 +288,32 @@ def decode_all(path, paths, array, resolution, kept):
     """An array that begins with the images that path holds, sorted by name, and what is known of
     them, for JSON. From KEEP_FROM bytes on they are in the file `kept`."""
     try:
-        name, names, members, class_of, left = array_source(path, array) \
+        name, entries, class_of, left = array_source(path, array) \
             if path.suffix in (".npy", ".npz") else file_source(path, paths)
-        labels, classes, no_classes = classified(names, class_of)
-    except UserError:
-        raise
     except Exception as e:                                      # zip, tar, zlib and NumPy differ
+        if isinstance(e, UserError):
+            raise
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise UserError(f"{path} is not a folder, zip, tar, .npy or .npz that can be read "
                         f"({reason})") from None
-    images, shape, notes = decode_files(names, members, resolution, kept, 16)
+    images, notes = decode_files(entries, resolution, kept, 16)
     if not notes:
         raise UserError(f"{path} contains no image that can be read" + (left and f" ({left})"))
     said = [f"not read: {left}"] if left else []
-    deep, rough = (max(note.get(key, 0) for note in notes.values()) for key in ("deep", "rough"))
+    deep = max(note.get("deep", 0) for note in notes.values())
     if 0 < deep < 2 ** 15:                                      # 12 bits in 16, for example
         bits = max(8, deep.bit_length())
         said.append(f"its 16-bit images use 1/{2 ** (16 - bits)} of their range: they are read as "
                     f"{bits}-bit ones")
-        images, shape, notes = decode_files(names, members, resolution, kept, bits)
-    if 0 < rough < 2 ** 7:
-        said.append("its 16-bit colour images use a part of their range and are dark: convert them "
-                    "to 8 bits")
+        images, notes = decode_files(entries, resolution, kept, bits)
     if stacks := [n for n in notes if notes[n].get("stack")]:
         said.append(f"only the first page is read of {len(stacks)} with several, as {min(stacks)}")
-    if skipped := [n for n in names if n not in notes]:
-        said.append(f"{len(skipped)} of {len(names)} images skipped")
-    found = {"name": name, "shape": shape, "classes": classes, "no_classes": no_classes,
-             "labels": [label for label, n in zip(labels, names) if n in notes],
+    skipped = sorted({n for n, _ in entries} - notes.keys())
+    if skipped:
+        said.append(f"{len(skipped)} of {len(skipped) + len(notes)} images skipped")
+    labels, classes, no_classes = classified(sorted(notes), class_of)
+    found = {"name": name, "labels": labels, "classes": classes, "no_classes": no_classes,
+             "channels": max(note["channels"] for note in notes.values()),
              "skipped": skipped, "said": said}
     if isinstance(images, np.memmap):
         with atomic_write(kept.with_suffix(".json"), "w") as f:
@@ -326,58 +321,48 @@ def decode_all(path, paths, array, resolution, kept):
     return images, found
 
 
-def decode_files(names, members, resolution, kept, bits):
-    """-> that array, the shape of the images, and {name: facts} of those that can be read; the
-    others are named on stderr. bits: the depth of 16-bit images."""
-    places, images, shape, notes = {n: i for i, n in enumerate(names)}, None, None, {}
-    part = kept and kept.with_name(f"{kept.name}.{secrets.token_hex(4)}.part")
+def decode_files(entries, resolution, kept, bits):
+    """-> that array, and {name: facts} of the images; what cannot be read is named on stderr.
+    bits: the depth of 16-bit images."""
+    places, images, notes = {n: i for i, n in enumerate(sorted({n for n, _ in entries}))}, None, {}
     try:
-        for name, image in decoded(names, members, resolution, bits):
-            if isinstance(image, Exception):
-                warn(f"skipped {name}: {image}")
-                continue
-            image, notes[name] = image
-            images = room((len(names), 3, *image.shape[1:]), part) if images is None else images
-            if image.shape[1:] != images.shape[2:]:
-                raise UserError(f"{name} and the first image have different sizes: give a "
-                                "resolution to crop and resize them to")
-            images[places[name]] = image                        # grey as three equal channels
-        if notes:
-            channels = max(note["channels"] for note in notes.values())
-            shape = [len(notes), channels, *images.shape[2:]]
-        if notes and shape[:2] != [len(names), 3]:              # close the gaps
-            flat, size = images.reshape(-1), math.prod(shape[1:])
-            for i, place in enumerate(sorted(places[name] for name in notes)):
-                flat[i * size:(i + 1) * size] = images[place, :channels].reshape(-1)
-        if isinstance(images, np.memmap):
-            images.flush()
-            os.replace(part, kept)
-            images = np.load(kept, mmap_mode="c")
-        return images, shape, notes
-    finally:
-        with contextlib.suppress(OSError, TypeError):           # it is renamed, or never was
-            os.remove(part)
+        with contextlib.ExitStack() as stack:
+            for name, image in decoded(entries, resolution, bits):
+                if isinstance(image, Exception):
+                    warn(f"skipped {name}: {image}")
+                    continue
+                image, notes[name] = image
+                if images is None:
+                    images = room((len(places), 3, *image.shape[1:]), kept, stack)
+                if image.shape[1:] != images.shape[2:]:
+                    raise UserError(f"{name} and the first image have different sizes: give a "
+                                    "resolution to crop and resize them to")
+                images[places[name]] = image                    # grey as three equal channels
+            for i, name in enumerate(sorted(notes)):
+                if i < places[name]:                            # close the gaps
+                    images[i] = images[places[name]]
+        return np.load(kept, mmap_mode="c") if isinstance(images, np.memmap) else images, notes
+    except OSError as e:
+        warn(f"the decoded images cannot be kept in {kept.parent} ({e.strerror})")
+        return decode_files(entries, resolution, None, bits)
 
 
-def room(shape, part):
-    """Space for images: in the file part, from KEEP_FROM bytes on, or else in memory."""
-    if part and math.prod(shape) >= KEEP_FROM:
-        try:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            remove_parts(part.parent, age=86400)                # another program may be at its own
-            array = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
-            if hasattr(os, "posix_fallocate"):                  # else a full disk ends the process
-                with open(part, "r+b") as f:
-                    os.posix_fallocate(f.fileno(), 0, os.path.getsize(part))
-            return array
-        except OSError as e:
-            warn(f"the decoded images cannot be kept in {part.parent} ({e.strerror})")
-    return np.empty(shape, np.uint8)
+def room(shape, kept, stack):
+    """Space for images: in the file kept, from KEEP_FROM bytes on, or else in memory."""
+    if not kept or math.prod(shape) < KEEP_FROM:
+        return np.empty(shape, np.uint8)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    remove_parts(kept.parent, age=86400)                        # another program may be at its own
+    part = stack.enter_context(atomic_write(kept))
+    array = np.lib.format.open_memmap(part.name, "w+", np.uint8, shape)
+    if hasattr(os, "posix_fallocate"):                          # else a full disk ends the process
+        os.posix_fallocate(part.fileno(), 0, os.path.getsize(part.name))
+    return array
 
 
-def decoded(names, members, resolution, bits):
-    """Yields each of the names with what decode returns, or with the exception that it raised.
-    Files are read in the order of members(), and decoded on all cores."""
+def decoded(entries, resolution, bits):
+    """Yields each name with what decode returns, or with the exception that it raised. Files are
+    read in their order, and decoded on all cores."""
     def attempt(f, *args):
         try:
             return f(*args)
@@ -386,12 +371,12 @@ def decoded(names, members, resolution, bits):
 
     def image(data):
         return data if isinstance(data, Exception) else attempt(decode, data, resolution, bits)
-    wanted, cores = set(names), os.cpu_count() or 1
-    with ThreadPoolExecutor(cores) as pool, tqdm(total=len(names), desc="decoding") as bar:
-        pairs = ((name, attempt(read)) for name, read in members() if name in wanted)
-        while some := list(islice(pairs, 16 * cores)):
-            yield from zip([name for name, _ in some], pool.map(image, [data for _, data in some]))
-            bar.update(len(some))
+    some = 16 * (os.cpu_count() or 1)
+    with ThreadPoolExecutor() as pool, tqdm(total=len(entries), desc="decoding") as bar:
+        for start in range(0, len(entries), some):
+            names, reads = zip(*entries[start:start + some])
+            yield from zip(names, pool.map(image, map(attempt, reads)))
+            bar.update(len(names))
 
 
 def decode(data, resolution, bits):
@@ -403,28 +388,34 @@ def decode(data, resolution, bits):
     return np.atleast_3d(np.array(image)).transpose(2, 0, 1), facts
 
 
-# What a path holds: its name; the names of its images, sorted; a function that yields pairs of a
-# name and a function that reads the file; a function that returns the classes; what is not read
+# What a path holds: its name; entries, pairs of an image's name and a function that reads it; a
+# function that returns the classes of names; what is not read
 
 def file_source(path, paths):
-    names, texts, left = set(), {}, Counter()
-    for name, read in members_of(path, paths):
-        if hidden(name):
+    if path.is_dir():
+        members = ((name, partial(read_file, file)) for name, file in paths.items())
+    else:
+        members = zip_members(path) if zipfile.is_zipfile(path) else tar_members(path)
+    entries, texts, left = [], {}, Counter()
+    for name, read in members:
+        name = PurePosixPath(name.replace("\\", "/"))           # Windows' names
+        if name.is_absolute() or ".." in name.parts:
+            raise UserError(f"{path} is refused: it contains {str(name)!r}, which would unpack "
+                            "outside its folder")
+        if any(part.startswith(".") or part.lower() in LEFTOVERS for part in name.parts):
             left["hidden or of a file manager"] += 1
-        elif LABELS.search(name) or CIFAR10_BATCH.search(name):
-            texts[name] = read()
-        elif is_image(name):
-            names.add(name)
+        elif READ_FIRST.fullmatch(name.name):
+            texts[str(name)] = read()
+        elif name.suffix.lower() in EXTENSIONS:
+            entries.append((str(name), read))
         else:
-            left[PurePosixPath(name).suffix.lower() or "without an extension"] += 1
-    left, name = ", ".join(f"{n} {kind}" for kind, n in left.most_common(8)), path.resolve().name
-    if batches := sorted(n for n in texts if CIFAR10_BATCH.search(n)):
-        binary = [n for n in batches if n.endswith(".bin")]
-        records = np.concatenate([cifar10_records(texts[n]) for n in binary or batches])
-        images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        return name, *rows(images), lambda _: [CIFAR10_CLASSES[i] for i in records[:, 0]], ""
-    members, classes = partial(members_of, path, paths), partial(file_classes, texts)
-    return name, sorted(names), members, classes, left
+            left[name.suffix.lower() or "without an extension"] += 1
+    if batches := [texts[name] for name in sorted(texts) if "data_batch_" in name]:
+        records = np.concatenate([cifar10_records(batch) for batch in batches])
+        entries = rows(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        return path.resolve().name, entries, lambda _: [CIFAR10_CLASSES[i] for i, *_ in records], ""
+    left = ", ".join(f"{n} {kind}" for kind, n in left.most_common(8))
+    return path.resolve().name, entries, partial(file_classes, texts), left
 
 
 def array_source(path, chosen):
@@ -432,7 +423,7 @@ def array_source(path, chosen):
     loaded = np.load(path, mmap_mode="r", allow_pickle=False)
     if path.suffix == ".npz":
         bounded(path, sum(info.file_size for info in loaded.zip.infolist()))
-    arrays = {"": loaded} if path.suffix == ".npy" else {k: loaded[k] for k in loaded.files}
+    arrays = {"": loaded} if path.suffix == ".npy" else dict(loaded)
     found = {k: pictures(a) for k, a in arrays.items() if pictures(a) is not None}
     chosen = chosen or (list(found)[0] if len(found) == 1 else None)
     if chosen not in found:
@@ -440,8 +431,8 @@ def array_source(path, chosen):
         remedy = f"give one, as {path}:{min(found)}" if found else \
             "images are uint8 [N, H, W], or [N, H, W, C] of 1 or 3 channels"
         raise UserError(f"{path} holds {held}: {remedy}")
-    return (f"{path.name}:{chosen}".rstrip(":"), *rows(found[chosen]),
-            lambda _: array_classes(chosen, arrays), "")
+    return (f"{path.name}:{chosen}".rstrip(":"), rows(found[chosen]),
+            partial(array_classes, chosen, arrays), "")
 
 
 def pictures(a):
@@ -450,14 +441,12 @@ def pictures(a):
         return None
     if a.ndim == 3:
         return a if a.shape[2] > 4 else None                    # else it is one image
-    if a.shape[3] not in (1, 3):
-        a = a.transpose(0, 2, 3, 1)
+    a = a if a.shape[3] in (1, 3) else a.transpose(0, 2, 3, 1)
     return {1: a[..., 0], 3: a}.get(a.shape[3])
 
 
 def rows(images):
-    names = [f"{i:09d}" for i in range(len(images))]
-    return names, lambda: zip(names, (partial(images.__getitem__, i) for i in range(len(images))))
+    return [(f"{i:09d}", partial(images.__getitem__, i)) for i in range(len(images))]
 
 
 def cifar10_records(batch):
@@ -486,10 +475,9 @@ PICKLED["_codecs", "encode"] = lambda text, code: text.encode("latin1")
 def classified(names, class_of):
     """The label of each image, the names of the classes, and "". Or why there are no classes."""
     try:
-        values = [v.index(1) if type(v) is list and v.count(1) == 1 == len(v) - v.count(0) else v
-                  for v in class_of(names)]                     # one-hot labels
+        values = class_of(names)
         if {type(v) for v in values} not in ({int}, {str}):
-            raise ValueError("its labels are neither whole numbers nor one-hot nor names")
+            raise ValueError("its labels are neither whole numbers nor names")
     except ValueError as e:
         return [0] * len(names), ["all"], str(e)
     classes = sorted(set(values))
@@ -497,24 +485,20 @@ def classified(names, class_of):
     return [places[v] for v in values], classes, ""
 
 
-def array_classes(chosen, arrays):
+def array_classes(chosen, arrays, names):
     """The labels of the images of this name: the other array of as many, and of the same split."""
-    n = len(arrays[chosen])
-    found = {k: a for k, a in arrays.items() if a.ndim in (1, 2) and len(a) == n
+    found = {k: a for k, a in arrays.items() if a.size == len(names) == len(a)
              and split_words(k) == split_words(chosen)}
     if len(found) != 1:
         raise ValueError(f"{' and '.join(found) or 'no array'} could be its labels")
-    labels, = found.values()
-    return labels.ravel().tolist() if labels.size == n else labels.tolist()
+    return next(iter(found.values())).ravel().tolist()
 
 
 def file_classes(texts, names):
-    """From a table, from WebDataset's .cls files, or the first folder in which the paths differ."""
-    if tables := [n for n in texts if n.endswith("dataset.json")]:
-        return table_classes(texts, names, tables)
-    if any(n.endswith(".cls") for n in texts):
-        marks = [re.sub(r"\.[^/]*$", ".cls", n) for n in names]
-        return [int(texts[mark]) if mark in texts else None for mark in marks]
+    """From EDM's table, or the first folder in which the paths differ."""
+    for table in texts:
+        if table.endswith("dataset.json"):
+            return table_classes(PurePosixPath(table), texts[table], names)
     folders = [PurePosixPath(n).parts[:-1] for n in names]
     depth = len(os.path.commonprefix(folders))
     values = [folder[depth] if len(folder) > depth else "" for folder in folders]
@@ -523,8 +507,6 @@ def file_classes(texts, names):
     if len(splits) >= 2 and 2 * len(splits) >= len(found):      # a class may be named train
         reasons.append(f"{' and '.join(splits)} are splits: give one of them")
     reasons += [f"labels in {n} are not read" for n in texts]
-    if any(".tar/" in n for n in names):
-        reasons.append("the shards have no .cls files")
     if "" in found:
         reasons.append(f"{values.count('')} of {len(names)} images lie in no folder of a class")
     if reasons:
@@ -532,21 +514,15 @@ def file_classes(texts, names):
     return values
 
 
-def table_classes(texts, names, tables):
+def table_classes(table, text, names):
     """EDM's and StyleGAN's labels: those that dataset.json has for the images below its folder."""
-    labels = {}
-    for table in tables:
-        try:
-            given = dict(json.loads(texts[table]).get("labels") or ())
-            labels.update((str(PurePosixPath(table).parent / name.replace("\\", "/")), label)
-                          for name, label in given.items())
-        except Exception as e:                                  # it may hold anything
-            raise ValueError(f"{table} cannot be read ({type(e).__name__})") from None
-    known = labels.keys() & set(names)
-    if len(known) < len(labels):
-        warn(f"{tables[0]} has labels of {len(labels) - len(known)} files that are not here")
-    if len(known) < len(names):
-        raise ValueError(f"{tables[0]} has labels for {len(known)} of {len(names)} images")
+    try:
+        given = dict(json.loads(text).get("labels") or ())
+        labels = {str(table.parent / n.replace("\\", "/")): label for n, label in given.items()}
+    except Exception as e:                                      # it may hold anything
+        raise ValueError(f"{table} cannot be read ({type(e).__name__})") from None
+    if known := len(names) - sum(name in labels for name in names):
+        raise ValueError(f"{table} has no label for {known} of {len(names)} images")
     return [labels[name] for name in names]
 
 
@@ -557,48 +533,30 @@ def split_words(name):
 
 # Folders and archives. Archives may be hostile: they are read, never unpacked to disk.
 
-def members_of(path, paths):
-    """Yields pairs of the name of each file in a folder, zip or tar and a function that reads it,
-    which works until the next pair. A folder without images may hold tars, WebDataset's shards."""
-    if path.is_dir():
-        shards = [] if any(map(is_image, paths)) else [n for n in paths if n.endswith(".tar")]
-        members = [(n, False, partial(read_file, paths[n])) for n in paths if n not in shards]
-        members = chain(members, ((f"{shard}/{n}", *member) for shard in shards
-                                  for n, *member in tar_members(paths[shard])))
-    else:
-        members = zip_members(path) if zipfile.is_zipfile(path) else tar_members(path)
-    for name, link, read in members:
-        name = str(PurePosixPath(name.replace("\\", "/")))      # Windows' names, and ./name
-        if name.startswith("/") or ".." in name.split("/"):
-            raise UserError(f"{path} is refused: it contains {name!r}, which would unpack outside "
-                            "its folder")
-        yield name, refuse_link if link else read
-
-
 def zip_members(path):
-    with zipfile.ZipFile(path) as archive:
-        bounded(path, sum(info.file_size for info in archive.infolist()))
-        for info in archive.infolist():
-            if not info.filename.endswith(("/", "\\")):
-                link = info.external_attr >> 28 == 0o12         # Unix's file type, S_IFLNK
-                yield info.filename, link, partial(archive.read, info)
+    archive = zipfile.ZipFile(path)
+    files = [info for info in archive.infolist() if not info.filename.endswith(("/", "\\"))]
+    bounded(path, sum(info.file_size for info in files))
+    return [(info.filename, refuse_link if info.external_attr >> 28 == 0o12     # Unix's S_IFLNK
+             else partial(archive.read, info)) for info in files]
 
 
 def tar_members(path):
     class Header(tarfile.TarInfo):
         @classmethod
-        def frombuf(cls, block, *args):
-            cls.last = block
-            header = super().frombuf(block, *args)
+        def frombuf(cls, *args):
+            header = super().frombuf(*args)
             bounded(path, header.size)                          # before it is read
             return header
 
-    with tarfile.open(path, "r|*", tarinfo=Header) as tar:
-        for member in tar:
-            bounded(path, member.offset_data + member.size)
-            if not member.isdir():
-                yield member.name, not member.isfile(), lambda m=member: tar.extractfile(m).read()
-    if Header.last != bytes(512):                               # where tarfile ends without a word
+    tar = tarfile.open(path, tarinfo=Header)
+    for member in tar:
+        bounded(path, member.offset_data + member.size)
+        if not member.isdir():
+            yield member.name, (lambda m=member: tar.extractfile(m).read()) if member.isfile() \
+                else refuse_link
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(512) != bytes(512):                     # where tarfile ends without a word
         raise UserError(f"{path} is cut short or damaged: copy it again")
 
 
@@ -625,7 +583,7 @@ def folder_files(root):
         if real in seen:
             warn(f"{folder} is a link to a folder that is read already")
             subfolders.clear()
-            names.clear()
+            continue
         seen.add(real)
         files = [Path(folder, name) for name in sorted(names)]
         found.update((file.relative_to(root).as_posix(), file) for file in files)
@@ -641,11 +599,3 @@ def stamp(path):
     """What differs where another file of the same size and time is put in its place."""
     facts = path.stat() if path.exists() else None
     return facts and (facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
-
-
-def is_image(name):
-    return PurePosixPath(name).suffix.lower() in EXTENSIONS
-
-
-def hidden(name):
-    return any(part.startswith(".") or part.lower() in LEFTOVERS for part in name.split("/"))

@@ -157,8 +157,8 @@ def to_uint8(x):
 def open_upright(file, bits=16):
     """An image file -> a PIL image of mode L (grey) or RGB: rotated as its EXIF says, transparent
     parts on white, 16-bit grey reduced from this number of bits to 8. In its info: "stack", whether
-    it has more pages; the largest value of 16-bit grey, "deep", or of what Pillow reads of 16-bit
-    colour, "rough". Raises ValueError where the range of values is unknown."""
+    it has more pages, and "deep", the largest value of 16-bit grey. Raises ValueError where the
+    range of values is unknown."""
     try:
         image = Image.open(file)
     except UnidentifiedImageError:                              # which names an object in memory
@@ -166,7 +166,7 @@ def open_upright(file, bits=16):
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:     # Pillow only warns
         raise ValueError(f"{image.width} x {image.height} pixels are more than Pillow's limit "
                          f"of {Image.MAX_IMAGE_PIXELS}")
-    format, code = image.format, str([tile[3] for tile in image.tile])
+    format = image.format
     info = {"stack": getattr(image, "is_animated", False) and format not in ("MPO", "PSD")}
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode == "I" and format not in ("PNG", "PPM"):
@@ -177,8 +177,6 @@ def open_upright(file, bits=16):
             info["deep"] = int(deep.max())
         shift = bits - 8 if "deep" in info else 8
         image = Image.fromarray((deep >> shift).clip(0, 255).astype(np.uint8))
-    elif format in ("PNG", "TIFF") and ";16" in code:
-        info["rough"] = max(high for _, high in image.convert("RGB").getextrema())
     grey = image.mode in ("1", "L", "LA")
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
