@@ -280,7 +280,7 @@ def sampler_options(p):
            "(default: 12 for multistep, else the model's --sample-steps)")
     a("--solver", choices=list(STEPS), default="heun",
       help="heun with 18 steps (NFE 35) for the paper's numbers; multistep, with time steps of its "
-           "own, 9 steps for a look and 12 for results (default heun)")
+           "own, 9 steps for a look and 12 for results, up to about BNR 0.5 (default heun)")
     a("--path", choices=["blurring"], help="for a model of --bnr any: Hoogeboom & Salimans' path")
     a("--churn", type=number(float, 0, 1e6), default=0.,
       help="EDM's S_churn: fresh noise before each step (default 0)")
