@@ -11,7 +11,7 @@ from degrade import (BlurringPath, ColdPath, ConstantBNR, Path, blur, dct2, degr
 from exact import gaussian_heads, gaussian_images, m_of, points_heads, power_law
 from loss import disentangled_loss
 from model import Denoiser, UNet
-from sample import (churn_step, curvature, generate, multistep_times, plain_image,
+from sample import (classes_of, churn_step, curvature, generate, multistep_times, plain_image,
                     sample, seed_noise, solve, step, time_steps)
 from util import UserError
 
