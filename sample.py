@@ -217,9 +217,12 @@ def seed_noise(seeds, shape):
                                 for g in generators])
 
 
-def classes_of(seeds, classes, counts=None):
-    """The class of each seed: its remainder or, where the counts of the classes are known, drawn as
-    often as they are. Multiples of the golden ratio fill [0, 1) evenly, in any range of seeds."""
+def classes_of(seeds, classes, counts=None, label=None):
+    """The class of each seed: label or else its remainder or, where the counts of the classes are
+    known, drawn as often as they are. Multiples of the golden ratio fill [0, 1) evenly, in any
+    range of seeds."""
+    if label is not None:
+        return [label] * len(seeds)
     if counts is None:
         return [s % classes for s in seeds]
     ends = torch.tensor(counts, dtype=torch.float64).cumsum(0)
@@ -240,7 +243,7 @@ def generate(net, path, shape, seeds, device=None, batch=64, label=None, counts=
         some = seeds[i:i + batch]
         noise = seed_noise(some, shape)
         if classes:
-            labels = [label] * len(some) if label is not None else classes_of(some, classes, counts)
+            labels = classes_of(some, classes, counts, label)
             heads = partial(net, label=torch.tensor(labels, device=device))
         yield sample(heads, path, noise().to(device), noise=noise, **options)
 
@@ -431,10 +434,11 @@ def draw_images(args, net, paths, checkpoint, out, options, nfe):
     if rank() > 0:
         return
     if net.classes and not args.grid:
-        one, suffix = options.get("label"), "png" if as_images else "npy"
-        labels = ((seed, seed % net.classes if one is None else one) for seed in args.seeds)
+        suffix = "png" if as_images else "npy"
+        labels = classes_of(args.seeds, net.classes, label=options.get("label"))
         with atomic_write(f"{out}/classes.json", "w") as f:
-            json.dump({f"{s:06d}.{suffix}": facts["classes"][label] for s, label in labels}, f)
+            json.dump({f"{seed:06d}.{suffix}": facts["classes"][label]
+                       for seed, label in zip(args.seeds, labels)}, f)
     files = [] if args.grid else [f"{out}/"]
     if not facts.get("latents"):
         save_grid(torch.stack(shown[:256]), f"{out}-grid.png")

@@ -408,6 +408,7 @@ def fetch(url, path, algorithm, digest, otherwise=""):
     path: pathlib.Path. otherwise: what else the user may do. Raises UserError.
     """
     remedy = ", ".join(filter(None, [f"download {url} elsewhere and put it at {path}", otherwise]))
+
     def is_right():
         return hashlib.new(algorithm, path.read_bytes()).hexdigest().startswith(digest)
     if path.exists():

@@ -18,7 +18,7 @@ from data import Images
 from degrade import ConstantBNR, dct2, idct2
 from loss import disentangled_loss
 from study.common import (Cells, Measure, band_power, bands, digest, drawn, load_once, loaded,
-                          matching, mean, parser, plotted)
+                          matching, mean, parser, plotted, steps_of)
 from util import normalize, number, seed_for, to_uint8
 
 HELD_OUT = 10                                   # one image in so many is not trained on
@@ -85,9 +85,8 @@ def matched(images, power):
 
 
 def sample_cell(checkpoint, solver, nfe, args, measure):
-    steps = (nfe + 1) // 2 if solver == "heun" else nfe
-    images = drawn(checkpoint, range(args.samples), compiled=args.compile, batch=250, steps=steps,
-                   solver=solver)
+    images = drawn(checkpoint, range(args.samples), compiled=args.compile, batch=250,
+                   steps=steps_of(solver, nfe), solver=solver)
     found = measure(images)
     return {**found, "matched": measure(matched(images, measure.power))["distance"],
             "checkpoint": digest(checkpoint)}

@@ -198,6 +198,12 @@ def drawn(checkpoint_file, seeds, device="cpu", batch=None, bnr=None, path=None,
     return torch.cat([to_uint8(x).cpu() for x in tqdm(states, "sampling", total)])
 
 
+def steps_of(solver, nfe):
+    """The most steps that take at most nfe evaluations. Heun has two a step, but one in the last,
+    to 0."""
+    return (nfe + 1) // 2 if solver == "heun" else nfe
+
+
 # Measures
 
 REFERENCES = 5000                               # images that samples are compared with

@@ -27,6 +27,7 @@ from fid import frechet_distance
 from inception import InceptionV3, load_inception
 from model import Denoiser, load_model
 from sample import sample, sampling_path, seed_noise, time_steps
+from study.common import steps_of
 from train import options as train_options
 from train import train
 from util import Parser, UserError, full_float32, number
@@ -135,7 +136,7 @@ def samplers():
 
     def ours(solver):
         def f(denoise, latents, n):
-            steps = (n + 1) // 2 if solver == "heun" else n
+            steps = steps_of(solver, n)
 
             def heads(x, alpha, sigma):
                 d = denoise(x, sigma)
@@ -275,9 +276,8 @@ def sampler_tables(ckpts, count):
             continue
         rows = []
         for name in ("multistep", "heun", "euler"):
-            steps = {n: (n + 1) // 2 if name == "heun" else n for n in EVALUATIONS}
-            errors = [(sample(net, path, latents, steps[n], solver=name) - right).square().mean()
-                      for n in EVALUATIONS]
+            errors = [(sample(net, path, latents, steps_of(name, n), solver=name) - right)
+                      .square().mean() for n in EVALUATIONS]
             rows.append((f"ours, {name}", "its own" if name == "multistep" else "EDM's (11)",
                          *(f"{e.sqrt().item():.4f}" for e in errors)))
         table(head, *rows)

@@ -17,7 +17,7 @@ from degrade import levels_of
 from model import load_model
 from sample import multistep_times, sampling_path, seed_noise, solve, time_steps
 from study.common import (REFERENCES, Cells, Measure, band_power, digest, digest_of, groups, mean,
-                          parser, plotted, references, top_bands)
+                          parser, plotted, references, steps_of, top_bands)
 from util import full_float32, number, to_uint8
 
 NFE = [6, 8, 9, 10, 12, 18, 35]
@@ -45,7 +45,7 @@ def options():
 def run(net, path, x, solver, nfe):
     """The images of the states x at the start, and the seconds that they took."""
     name, even = solver.removesuffix(", even"), solver.endswith("even") or solver == "multistep"
-    n = (nfe + 1) // 2 if name == "heun" else nfe
+    n = steps_of(name, nfe)
     times = multistep_times(n, path, *x.shape[2:]) if even else time_steps(n)
     start = time.time()
     return torch.cat([solve(net, path, part, times, name) for part in x.split(128)]), \

@@ -15,7 +15,7 @@ import numpy as np
 from model import load_model
 from study.common import (QUICK, REFERENCES, RESOLUTIONS, Cells, Measure, deviation, digest,
                           digest_of, drawn, groups, mean, parser, plotted, precision, references,
-                          trained)
+                          steps_of, trained)
 from util import UserError, add_device_option, number
 
 RATIOS = [0, 0.1, 0.3, 0.5, 0.65, 1, 2, 10]
@@ -117,10 +117,10 @@ def compute(args, cells):
 
 
 def settings(args):
-    """Solver, NFE and steps. Heun evaluates twice a step, but once in the last."""
+    """Solver, NFE and steps."""
     found = []
     for nfe, solver in product(args.nfe, args.solvers):
-        steps = (nfe + 1) // 2 if solver == "heun" else nfe
+        steps = steps_of(solver, nfe)
         found.append((solver, 2 * steps - 1 if solver == "heun" else steps, steps))
     return found
 
