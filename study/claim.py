@@ -22,6 +22,7 @@ from study.common import (Cells, Measure, band_power, bands, digest, drawn, load
 from util import normalize, number, seed_for, to_uint8
 
 HELD_OUT = 10                                   # one image in so many is not trained on
+RATIOS = (0, 0.5, 0.3, 1)                       # the last two with the first three seeds only
 KIMGS = (60, 120, 180, 240)
 SOLVERS = (("multistep", 18), ("heun", 35))     # and their network evaluations
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571)    # Student's t, 97.5 %, for 1 to 5 degrees of freedom
@@ -36,6 +37,8 @@ def options():
       help="default 0 to 5; BNR 0.3 and 1 take the first three")
     a("--solvers", nargs="+", choices=dict(SOLVERS), default=list(dict(SOLVERS)),
       help="default both")
+    a("--bnr", type=float, choices=RATIOS, nargs="+", default=list(RATIOS), help="default all four")
+    a("--kimg", type=int, choices=KIMGS, nargs="+", default=list(KIMGS), help="default all four")
     a("--networks", action="store_true", help="only train the networks")
     a("--compile", action="store_true", help="torch.compile sampler and measure: on a CPU 1.4 "
                                              "times as fast, after four minutes")
@@ -43,6 +46,7 @@ def options():
     args.samples = 5000
     if args.quick:
         args.runs, args.seeds, args.samples = f"{args.runs}/quick", [0, 1], 50
+        args.kimg = [1, 2]
     if not args.data and not args.plot_only:
         p.error("--data is needed: the images to train on")
     return p, args
@@ -113,9 +117,10 @@ def compute(args, cells):
     held_out = split(args.data)[1].images
     measure, kimgs = None, (1, 2) if args.quick else KIMGS
     for seed in args.seeds:
-        for bnr in (0, 0.5, 0.3, 1) if seed < 3 and not args.quick else (0, 0.5):
+        ratios = RATIOS if seed < 3 and not args.quick else RATIOS[:2]
+        for bnr in (bnr for bnr in ratios if bnr in args.bnr):
             out = train_network(args.data, args.runs, bnr, seed, kimgs)
-            for kimg in () if args.networks else reversed(kimgs):
+            for kimg in () if args.networks else sorted(set(kimgs) & set(args.kimg), reverse=True):
                 checkpoint, key = f"{out}/{kept(kimg)}", dict(bnr=bnr, seed=seed, kimg=kimg)
                 measure = measure or Measure(held_out, compiled=args.compile)
                 cells.compute({"kind": "loss", **key},
