@@ -24,8 +24,8 @@ from inception import WIDTH, load_inception
 from model import load_model
 from sample import generate, sampler, sampler_options, sampling_path
 from util import (Parser, UserError, any_rank, atomic_write, full_float32, number, or_a_warning,
-                  printable, process_group, rank, rank_0_first, refuse_special, say, to_uint8, warn,
-                  world_size)
+                  printable, process_group, rank, rank_0_first, reason, refuse_special, say,
+                  to_uint8, warn, world_size)
 
 FACTS = {"num": int, "source": str, "resize": str, "weights": str, "size": str}  # of statistics
 
@@ -95,19 +95,11 @@ def statistics(batches, net, resize, digest, source, batch=256):
 def opened(spec, resolution=None, keep=True):
     """The statistics in spec, a dict, or else its images, data.Images. Raises UserError."""
     path = Path(spec)
-    stats = read_statistics(path) if path.suffix == ".npz" and path.exists() else None
-    if stats:
-        return stats
     if path.suffix == ".pkl":
         raise UserError(f"{path} could run code: give an .npz; of EDM2's, if you trust it, "
                         f"np.savez('x.npz', **pickle.load(open({spec!r}, 'rb'))['fid'])")
-    try:
-        return load(spec, resolution, keep=keep)
-    except UserError as e:
-        if f", {WIDTH}]" not in str(e):
-            raise
-        raise UserError(f"{e}; of features give an .npz of mu, their mean, and sigma, "
-                        "np.cov(features, rowvar=False)") from None
+    stats = read_statistics(path) if path.suffix == ".npz" and path.exists() else None
+    return stats or load(spec, resolution, keep=keep)
 
 
 def read_statistics(path):
@@ -123,10 +115,10 @@ def read_statistics(path):
                 raise ValueError("it unpacks to more than statistics need")
             found = {name: FACTS.get(name, np.float64)(z[name]) for name in names}
     except Exception as e:                                      # zip, zlib and NumPy differ
-        raise UserError(f"{path} cannot be read: {' '.join(str(e).split())}") from None
+        raise UserError(f"{path} cannot be read: {reason(e)}") from None
     mu, sigma = torch.from_numpy(found["mu"]), torch.from_numpy(found["sigma"])
-    if (mu.shape, sigma.shape) != ((WIDTH,), (WIDTH, WIDTH)) or not is_covariance(sigma) \
-            or not mu.isfinite().all():
+    if mu.shape != (WIDTH,) or sigma.shape != (WIDTH, WIDTH) or not mu.isfinite().all() \
+            or not is_covariance(sigma):
         raise UserError(f"{path} holds mu {list(mu.shape)} and sigma {list(sigma.shape)}: FID "
                         f"takes a finite mu [{WIDTH}] and a covariance [{WIDTH}, {WIDTH}] "
                         "(symmetric, no negative eigenvalue)")
@@ -148,7 +140,7 @@ def statistics_of(found, spec, num=None, size=None, folder=None, **how):
     same pixels, resize rule and weights. how: net, resize, digest and batch of `statistics`."""
     saved = isinstance(found, dict)
     made = found if saved else {"size": "{} x {}".format(*found.images.shape[2:])}
-    for what, asked in ("size", size), ("resize", how["resize"]), ("weights", how["digest"]):
+    for what, asked in (("size", size), ("resize", how["resize"]), ("weights", how["digest"])):
         if asked and made.get(what, asked) != asked:
             raise UserError(f"{spec} has the {what} {made[what]}, not {asked}: give other images "
                             "or the same option")
@@ -172,7 +164,6 @@ def statistics_of(found, spec, num=None, size=None, folder=None, **how):
             kept.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(kept) as f:
                 np.savez(f, **stats)
-            warn(f"statistics kept as {kept}")
     return stats
 
 
@@ -192,8 +183,8 @@ def drawn_batches(net, path, shape, first, num, device, batch, **options):
 def main():
     p = Parser(description="The FID of images on disk, or of a model's samples, to a reference.")
     a = p.add_argument
-    a("samples", nargs="?", help="a folder, zip, tar, .npy or .npz of images, cifar10, leaves, or "
-                                 "a statistics file (.npz); transparent parts go on white")
+    a("samples", nargs="?", help="images as train.py takes them, or a statistics file (.npz); "
+                                 "transparent parts go on white")
     a("--ref", required=True, help="the reference, likewise; its statistics are kept in data/")
     a("--resolution", type=number(int, 1, 4096),
       help="side that both are cropped and resized to (default: as they are, or the model's)")
@@ -303,15 +294,13 @@ def report(results, args):
             f"{row['fid']:.4f} (the paper's convention), mean {row['mean']:.4f}{spread}")
     if args.ckpt:
         names = "solver steps nfe churn s_min s_max s_noise path label precision".split()
-        known = (name for name in names if r.get(name) is not None)
-        say("sampler: " + ", ".join(f"{name} {r[name]}" for name in known))
-    sides = []
-    for n, source, size in ((r["generated"], r["samples"], r["size"]),
-                            (r["reference_num"], r["reference"], r["reference_size"])):
-        number = "an unknown number of" if n is None else f"{n:,}"
-        sides.append(f"{number} images of {source}" + (f" at {size}" if size else ""))
-    fid = "of " if args.bnr else f"{r['fid']:.4f}   "
-    say(f"FID {fid}{' against '.join(sides)}; resize {r['resize']}, weights "
+        say("sampler: " + ", ".join(f"{k} {r[k]}" for k in names if r.get(k) is not None))
+    sides = [f"{'an unknown number of' if n is None else format(n, ',')} images of {source}"
+             + (f" at {size}" if size else "") for n, source, size in
+             ((r["generated"], r["samples"], r["size"]),
+              (r["reference_num"], r["reference"], r["reference_size"]))]
+    fid = "of" if args.bnr else f"{r['fid']:.4f}  "
+    say(f"FID {fid} {' against '.join(sides)}; resize {r['resize']}, weights "
         f"{r['weights_sha256'][:8]}")
 
 

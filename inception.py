@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from util import UserError, fetch, refuse_special
+from util import UserError, fetch, reason, refuse_special
 
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")
@@ -175,6 +175,6 @@ def load_inception(weights=None, device="cpu", folder="data"):
         raise UserError(f"{path} does not exist") from None
     except Exception as e:                                      # zip, pickle and torch differ
         raise UserError(f"{path} does not have the layout of the published weights: "
-                        f"{' '.join(str(e).split())[:200]}") from None
+                        f"{reason(e)}") from None
     net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return net, hashlib.sha256(path.read_bytes()).hexdigest()

@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from degrade import attenuation, blur, expand_level, frequencies, time_of
-from util import UserError, compile_or_warn, read_checkpoint
+from util import UserError, compile_or_warn, read_checkpoint, reason
 
 SIGMA_DATA = 0.5                                # the standard deviation of the images (EDM)
 
@@ -273,8 +273,8 @@ def load_model(filename, device="cpu", precision="fp32", compiled=False, net=Non
         weights, config = checkpoint.pop("weights"), checkpoint["config"]
         check_facts(checkpoint, weights, os.path.getsize(filename))
         if net is None and config["unet"] is None:
-            raise UserError(f"{filename} is not a model of this project's own network: give "
-                            "load_model, in Python, the one that it is of, as net")
+            raise ValueError("it is of a network of your own: give that one to load_model, in "
+                             "Python, as net")
         if net is None:
             with torch.device("meta"):      # allocates nothing before the shapes are known to fit
                 net = build(config)
@@ -286,7 +286,7 @@ def load_model(filename, device="cpu", precision="fp32", compiled=False, net=Non
         net.sigma_data = config["sigma_data"]
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as e:
         raise UserError(f"{filename} is not a model of this project, or its weights do not fit its "
-                        f"network: {' '.join(str(e).split())[:200]}") from None
+                        f"network: {reason(e)}") from None
     net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     if precision == "bf16":
         net.forward = torch.autocast(torch.device(device).type, torch.bfloat16)(net.forward)
@@ -299,17 +299,15 @@ def check_facts(checkpoint, weights, size):
     """Raises ValueError and the like for what train.py never saves. size: the file's, in bytes."""
     config, data, options = (checkpoint[k] for k in ("config", "data", "options"))
     (c, h, w), unet = data["shape"], config["unet"] or {}
-    if sum(v.numel() * v.element_size() for v in weights.values()) > size:
-        raise ValueError("its weights claim to be larger than the file")
-    if not all(v.isfinite().all() and (not unet or v.dtype == torch.float32)
-               for v in weights.values()):
-        raise ValueError("its weights are not finite float32 numbers")
+    if sum(v.numel() * v.element_size() for v in weights.values()) > size or not all(
+            v.isfinite().all() and (not unet or v.dtype == torch.float32)
+            for v in weights.values()):
+        raise ValueError("its weights are larger than the file, or not finite float32 numbers")
     if not all(type(n) is int and 0 < n <= 10000 for n in (c, h, w, options["sample_steps"])) \
-            or options["resolution"] not in (0, max(h, w)) or c != unet.get("in_channels", c):
-        raise ValueError("its shape, resolution or sample_steps is impossible")
-    if not all(type(s) is str for s in (options["data"], *data["classes"])) \
+            or options["resolution"] not in (0, max(h, w)) or c != unet.get("in_channels", c) \
+            or not all(type(s) is str for s in (options["data"], *data["classes"])) \
             or len(data["classes"]) < unet.get("classes", 0):
-        raise ValueError("its data or its classes have no names")
+        raise ValueError("its shape, resolution, sample_steps, data or classes are impossible")
 
 
 def start_from(net, filename, classes=()):
@@ -335,5 +333,5 @@ def start_from(net, filename, classes=()):
             raise RuntimeError("its --param or sigma_data is another")
         net.load_state_dict(weights)
     except RuntimeError as e:
-        raise UserError(f"{filename} does not fit this network: {' '.join(str(e).split())[:300]}; "
-                        f"its config is {checkpoint['config']}") from None
+        raise UserError(f"{filename} does not fit this network: {reason(e)}; its config is "
+                        f"{checkpoint['config']}") from None

@@ -25,7 +25,7 @@ from degrade import (AnyBNR, ColdPath, ConstantBNR, attenuation, check_path, dct
 from model import load_model
 from util import (Parser, UserError, add_device_option, atomic_write, film_strip, full_float32,
                   normalize, number, process_group, rank, read_image, save_grid, save_image, say,
-                  to_uint8, world_size, writable_folder)
+                  to_uint8, world_size)
 
 STEPS = {"euler": 18, "heun": 18, "multistep": 12}              # by default
 THIRD = 9                                       # multistep has order 3 from this many steps on
@@ -407,9 +407,9 @@ def draw_images(args, net, paths, checkpoint, out, options, nfe):
     """One file a seed in the folder out, and a grid of the first 256. Processes share the seeds."""
     facts, seeds = checkpoint["data"], args.seeds[rank()::world_size()]
     as_images = facts["shape"][0] in (1, 3) and not facts.get("latents")
-    writable_folder(os.path.dirname(out) or ".")
+    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     if not args.grid:
-        writable_folder(out)
+        os.makedirs(out, exist_ok=True)
     bar = progress(net, nfe * math.ceil(len(seeds) / args.batch))
     shown, done = [], 0
     try:
@@ -451,7 +451,7 @@ def draw_strip(args, net, paths, checkpoint, out, options, nfe):
     if rank() > 0:
         return
     seeds = args.seeds[:3] if len(paths) == 1 else args.seeds[:1]
-    writable_folder(os.path.dirname(out) or ".")
+    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     bar = progress(net, nfe * len(paths))
     rows = []
     for path in paths:

@@ -29,14 +29,12 @@ from tqdm import tqdm
 
 from data import augment, load, resident, shuffled, take
 from degrade import AnyBNR, ConstantBNR, check_path, make_path, time_of
-from fid import drawn_batches, frechet_distance, statistics
-from inception import load_inception
 from loss import disentangled_loss
 from model import PARAMETERIZATIONS, SIGMA_DATA, build, start_from
 from sample import fast_solver, generate
 from util import (Parser, UserError, add_device_option, any_rank, atomic_write, compile_or_warn,
                   full_float32, locked, normalize, number, or_a_warning, process_group, rank,
-                  rank_0_first, read_checkpoint, save_checkpoint, save_checkpoints, save_grid, say,
+                  rank_0_first, read_checkpoint, reason, save_checkpoints, save_grid, say,
                   seed_for, shown, signals_noted, to_uint8, warn, world_size)
 
 # The defaults are the paper's for CIFAR-10 (EDM's DDPM++ recipe). A preset is what differs.
@@ -46,13 +44,12 @@ PRESETS = {
                    sample_steps=40),
     "church128": dict(resolution=128, mult=[1, 1, 2, 2, 2], batch=256, lr=2e-4, dropout=0.1,
                       augment=0., sample_steps=40),
-    "tiny": dict(resolution=16, channels=24, mult=[1, 2], blocks=1, attention=[8], batch=16,
-                 lr=2e-3, dropout=0., augment=0., duration=60., warmup=1., ema=3., log_every=2.,
-                 snapshot_every=20.),
+    "tiny": dict(resolution=16, channels=24, mult=[1, 2], blocks=1, batch=16, lr=2e-3, dropout=0.,
+                 augment=0., duration=60., warmup=1., ema=3., log_every=2., snapshot_every=20.),
 }
 MAY_CHANGE_ON_RESUMING = {"out", "data", "preset", "duration", "lr", "batch_gpu", "device",
                           "precision", "compile", "log_every", "snapshot_every", "keep_every",
-                          "sample_steps", "fid_every", "fid_num", "fid_weights"}
+                          "sample_steps", "attention"}          # which the config has
 
 
 def options(argv=None):
@@ -97,8 +94,9 @@ def options(argv=None):
     a("--mult", type=number(int, 1, 16), nargs="+", default=[2, 2, 2],
       help="width of each level, times --channels (default 2 2 2)")
     a("--blocks", type=number(int, 1, 64), default=4, help="residual blocks a level (default 4)")
-    a("--attention", type=number(int, 0), nargs="*", default=[16],
-      help="sides of the levels with attention (default 16)")
+    a("--attention", type=number(int, 0), nargs="*",
+      help="sides of the levels with attention (default: 16 where images are larger and a level has "
+           "it, else the last level)")
     a("--seed", type=number(int, 0, 2 ** 31), default=0,
       help="of the weights, the order and the noise (default 0)")
     a("--init-from", metavar="CKPT",
@@ -116,11 +114,6 @@ def options(argv=None):
       help="kimg between copies of ema.pt to keep, ema-KIMG.pt; 0: none (default 0)")
     a("--sample-steps", type=number(int, 1, 1000), default=18,
       help="Heun steps of sample.py on this model (default 18)")
-    a("--fid-every", type=number(float, 0, 1e9), default=0.,
-      help="kimg between FIDs of the EMA; 0: none (default 0)")
-    a("--fid-num", type=number(int, 2), default=10000,
-      help="images of such an FID, seeds from 0 (default 10000)")
-    a("--fid-weights", help="the FID network's weights (default: fetched once into data/)")
     given = p.parse_args(argv)
     stored = options_of_run(p, given) if given.resume else {}
     preset = given.preset or stored.get("preset") or \
@@ -212,7 +205,6 @@ def loop(args, run, data, path, net, ema, optimizer, seen, signals):
         and torch.cuda.is_bf16_supported(including_emulation=False)
     total = math.ceil(round(args.duration * 1000, 6) / args.batch) * args.batch
     images = resident(data.images, device)
-    score = scorer(args, run, images, path, bf16) if args.fid_every else None
     if args.compile or args.compile is None and device.type == "cuda":
         compile_or_warn(net.unet, args.compile)
     shared = DistributedDataParallel(net) if world_size() > 1 else net
@@ -239,10 +231,8 @@ def loop(args, run, data, path, net, ema, optimizer, seen, signals):
         stopping = any_rank(signals)                            # asked once: a signal may come now
         last, passed = seen >= total or stopping, partial(crossed, args, seen)
         snapshot = last or passed(args.snapshot_every, args.keep_every)
-        if snapshot or passed(args.log_every, args.fid_every):
+        if snapshot or passed(args.log_every):
             line = summary(args, seen, gathered(history), group["lr"], since)
-            if passed(args.fid_every) and not stopping:         # it may take minutes
-                line.update(score(ema))
             with shown(signals):
                 bar.set_postfix({k: f"{line[k]:.4f}" for k in ("denoise", "deblur")})
             if rank() == 0:
@@ -379,9 +369,14 @@ def parts(args, data, path, net):
               "levels": [[float(f"{float(v):.6g}") for v in pair] for pair in levels]}
     torch.manual_seed(seed_for("weights", args.seed))
     try:
-        net = net or build(config)
-        if config["unet"]:
+        if net is None:
+            net = build(config)
             net.unet.check(h, w)
+        else:                               # its output is looked at before anything is written
+            with torch.no_grad():
+                net.eval()(normalize(data.images[:1]), *levels[2],
+                           torch.zeros(1, 9) if args.augment else None,
+                           torch.zeros(1, dtype=torch.long) if classes else None)
     except ValueError as e:
         raise UserError(e) from None
     config["answers"] = f"{type(net).__name__}, {net.answers.__qualname__}"
@@ -395,8 +390,8 @@ def sampled_along(path):
 
 def unet_config(args, channels, h, w, classes):
     sides, attention = [max(h, w) >> level for level in range(len(args.mult))], args.attention
-    if attention == PRESETS[args.preset].get("attention", [16]):        # which nobody asked for
-        attention = [side for side in attention if side in sides] or sides[-1:]
+    if attention is None:
+        attention = [16] if 16 in sides[1:] else sides[-1:]
     missing = [side for side in attention if side not in sides]
     if missing:
         raise UserError(f"--attention {' '.join(map(str, missing))}: the levels have sides of "
@@ -406,29 +401,6 @@ def unet_config(args, channels, h, w, classes):
                 attention=attention, dropout=args.dropout, augment_dim=9 if args.augment else 0,
                 classes=classes)
     return {**unet, "ratio": True} if args.bnr == "any" else unet
-
-
-def scorer(args, run, images, path, bf16):
-    """A function that returns a model's FID and how it was made, for the log."""
-    data, device, path = run["data"], torch.device(args.device), sampled_along(path)
-    if data["latents"]:
-        raise UserError("--fid-every is for images, and these data are latents")
-    with rank_0_first():
-        inception, digest = load_inception(args.fid_weights, device)
-    batches = tqdm(images[rank()::world_size()].split(256), "reference statistics", unit=" batches",
-                   disable=rank() > 0)
-    ref = statistics(batches, inception, "tf1", digest, data["name"])
-    options = dict(colour=run["config"]["colour"], counts=data["counts"], **fast_solver(path))
-
-    def fid(ema):
-        samples = drawn_batches(ema, path, data["shape"], 0, args.fid_num, device, 256, **options)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):         # not of Inception
-            drawn = statistics(samples, inception, "tf1", digest, "samples")
-        value = frechet_distance(drawn["mu"], drawn["sigma"], ref["mu"], ref["sigma"])
-        return {"fid": round(value, 4), "fid_num": args.fid_num, "fid_resize": "tf1",
-                "fid_solver": f"{options['solver']} {options['steps']}",
-                "fid_precision": "bf16" if bf16 else "fp32", "fid_weights_sha256": digest}
-    return fid
 
 
 # What a run writes
@@ -503,7 +475,7 @@ def save(args, run, net, ema, optimizer, seen, must):
     state = {"net": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
              **run, "seen": seen}
     if crossed(args, seen, args.keep_every):
-        save_checkpoint(model, f"{args.out}/ema-{kimg_name(args, seen)}.pt")
+        save_checkpoints({f"{args.out}/ema-{kimg_name(args, seen)}.pt": model})
     saved = save_checkpoints({f"{args.out}/state.pt": state, f"{args.out}/ema.pt": model})
     if must and not saved:
         raise UserError(f"{args.out}: the last checkpoint could not be saved: make room and start "
@@ -564,11 +536,10 @@ def restore(out, state, run, net, ema, optimizer):
                     raise ValueError("the optimizer's moments do not have the weights' shapes")
                 moments[k] = torch.empty_like(like, device=v.device).copy_(v)   # the same strides
         if type(state["seen"]) is not int or state["seen"] < 0:
-            raise TypeError("the number of images seen is not a number")
+            raise ValueError("the number of images seen is not a number")
         return state["seen"]
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
-        reason = " ".join(str(e).split())[:200]
-        raise UserError(f"{out}/state.pt does not fit this network: {reason}") from None
+        raise UserError(f"{out}/state.pt does not fit this network: {reason(e)}") from None
 
 
 if __name__ == "__main__":

@@ -9,14 +9,12 @@ import http.client
 import io
 import math
 import os
-import pickle
-import re
 import secrets
 import signal
 import stat
 import sys
-import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -83,6 +81,13 @@ class Parser(argparse.ArgumentParser):
 def printable(text):
     """The text with its control characters escaped: a filename may contain any."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def reason(error):
+    """What an exception says, in one line. Python's own words for a damaged file say nothing."""
+    if isinstance(error, (AttributeError, KeyError, TypeError)):
+        return "a part of it is missing or damaged"
+    return " ".join(str(error).split())[:200]
 
 
 def say(text, file=None):
@@ -267,13 +272,6 @@ def refuse_special(filename):
             raise UserError(f"{filename} is a device or a pipe: give a file")
 
 
-def writable_folder(folder):
-    """Makes the folder where it is missing. Raises UserError where nothing can be written there."""
-    os.makedirs(folder, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} is not a folder that can be written to")
-
-
 @contextlib.contextmanager
 def atomic_write(filename, mode="wb"):
     """A file to write in. It is flushed to disk and renamed to filename when it is complete, so
@@ -285,26 +283,13 @@ def atomic_write(filename, mode="wb"):
     try:
         with open(part, mode) as f:
             yield f
-            flush_to_disk(f)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(part, filename)
     except BaseException:
         with contextlib.suppress(OSError):
             os.remove(part)
         raise
-
-
-def flush_to_disk(file):
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def remove_parts(folder, age=0):
-    """Removes what killed programs have left of atomic_write in the folder, age seconds ago."""
-    for name in os.listdir(folder):
-        if re.search(r"\.[0-9a-f]{8}\.part$", name):
-            with contextlib.suppress(OSError):                  # it may be gone, or someone else's
-                if time.time() - os.path.getmtime(f"{folder}/{name}") >= age:
-                    os.remove(f"{folder}/{name}")
 
 
 @contextlib.contextmanager
@@ -316,13 +301,9 @@ def or_a_warning(what):
         warn(f"{what} could not be written ({e.strerror or e})")
 
 
-def save_checkpoint(checkpoint, filename):
-    """True when saved. Where the disk does not take it: False, and an old file stays."""
-    return save_checkpoints({filename: checkpoint})
-
-
 def save_checkpoints(files):
-    """Filenames and their checkpoints, all or none: they are renamed when all are on disk."""
+    """Saves {filename: checkpoint}, all or none: they are renamed when all are on disk. True when
+    saved. Where the disk does not take them: False, and old files stay."""
     try:
         with contextlib.ExitStack() as stack:
             for filename, checkpoint in files.items():
@@ -330,7 +311,8 @@ def save_checkpoints(files):
                 torch.save(checkpoint, buffer)
                 f = stack.enter_context(atomic_write(filename))
                 f.write(buffer.getbuffer())
-                flush_to_disk(f)
+                f.flush()
+                os.fsync(f.fileno())
         return True
     except OSError as e:
         stays = "; the previous one stays" if os.path.exists(filename) else ""
@@ -357,38 +339,19 @@ def read_checkpoint(filename):
     return checkpoint
 
 
-def restricted_unpickle(data, allowed):
-    """What is pickled in data: bytes, or an open file, which is read to the end of one pickle.
-
-    allowed: {(module, name): what stands for it}. Nothing else is imported or called: UserError for
-    another name. Byte strings of Python 2 stay bytes. Damaged data raise nearly anything.
-    """
-    def find_class(module, name):
-        if (module, name) not in allowed:
-            raise UserError(f"it names {f'{module}.{name}'[:80]!r}, which is not needed; nothing "
-                            "of it was executed")
-        return allowed[module, name]
-    file = io.BytesIO(data) if isinstance(data, bytes) else data
-    # the one in C allocates whatever the data claim; this one does so for a bytearray alone
-    reader = pickle._Unpickler(file, encoding="bytes")
-    reader.dispatch = {k: v for k, v in reader.dispatch.items() if k != pickle.BYTEARRAY8[0]}
-    reader.find_class, reader.persistent_load = find_class, lambda pid: pid
-    return reader.load()
-
-
 @contextlib.contextmanager
 def locked(folder):
     """Within, the folder exists and no other run can have it. UserError where another has it. The
-    lock ends with the process, however that ends. Parts of files that a killed run has left are
-    removed, and so is a folder that stays empty."""
+    lock ends with the process, however that ends. A folder that stays empty is removed."""
     if rank() > 0 or fcntl is None:
         yield
         return
-    writable_folder(folder)
+    os.makedirs(folder, exist_ok=True)
     with open(f"{folder}/.lock", "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            remove_parts(folder)
+            for part in Path(folder).glob("*.????????.part"):   # a killed run has left it
+                part.unlink()
         except BlockingIOError:
             raise UserError(f"{folder} is in use by another run: choose another --out, or wait for "
                             "its end") from None
@@ -403,28 +366,18 @@ def locked(folder):
 
 
 def fetch(url, path, algorithm, digest, otherwise=""):
-    """The path of a file whose digest begins so: the one that is there, or else fetched from url.
-
-    path: pathlib.Path. otherwise: what else the user may do. Raises UserError.
-    """
+    """The path, a pathlib.Path, of a file whose digest begins so. Where it is missing, it is
+    fetched from url. otherwise: what else the user may do. Raises UserError."""
     remedy = ", ".join(filter(None, [f"download {url} elsewhere and put it at {path}", otherwise]))
-
-    def is_right():
-        return hashlib.new(algorithm, path.read_bytes()).hexdigest().startswith(digest)
-    if path.exists():
-        if not is_right():
-            raise UserError(f"{path} is damaged (its {algorithm} is not {digest}): remove it, or "
-                            f"{remedy}")
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path))
-        if not is_right():
-            path.unlink()
-            raise OSError(f"what came does not have the {algorithm} {digest}")
-    except (OSError, http.client.HTTPException) as e:
-        reason = " ".join(str(e).split())
-        raise UserError(f"cannot fetch {path.name} ({reason}): {remedy}") from None
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path))
+        except (OSError, http.client.HTTPException) as e:
+            raise UserError(f"cannot fetch {path.name} ({reason(e)}): {remedy}") from None
+    if not hashlib.new(algorithm, path.read_bytes()).hexdigest().startswith(digest):
+        raise UserError(f"{path} is damaged (its {algorithm} is not {digest}): remove it, or "
+                        f"{remedy}")
     return path
 
 

@@ -452,7 +452,7 @@ def test_a_network_of_ones_own_loads_and_starts_another(tmp_path):
     old.train()(x, 0.5, 1.)                                     # moves the buffers
     expected = old.eval()(x, 0.5, 1.)
     file = saved(tmp_path / "ema.pt", old, own=True, sigma_data=0.3)
-    with pytest.raises(UserError, match="not a model of this project's own network: .* as net"):
+    with pytest.raises(UserError, match="a network of your own: .* as net"):
         load_model(file)
     given = Denoiser(Own())                                     # whose sigma_data is another
     net, _ = load_model(file, net=given)
@@ -472,7 +472,7 @@ def test_a_network_of_ones_own_loads_and_starts_another(tmp_path):
     assert new.training and all(p.requires_grad for p in new.parameters())
     torch.testing.assert_close(new.eval()(x, 0.5, 1.), expected)
     for other in (Denoiser(Own()), Denoiser(UNet(3, 6, **SMALL))):
-        with pytest.raises(UserError, match="does not fit this network: .*sigma_data|own network"):
+        with pytest.raises(UserError, match="does not fit this network: .*sigma_data|of your own"):
             start_from(other, file)
 
 

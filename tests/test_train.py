@@ -309,7 +309,7 @@ def test_what_is_no_file_is_not_replaced_and_a_link_stays(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name in ("/dev/full", tmp_path / "pipe"):
         with pytest.raises(UserError, match="is a device or a pipe"):
-            util.save_checkpoint({}, name)
+            util.save_checkpoints({name: {}})
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link.png").symlink_to(tmp_path / "elsewhere/a.png")
     for _ in range(2):
@@ -864,7 +864,8 @@ def test_bad_checkpoints(trained, tmp_path, monkeypatch, capsys):
         changed = {**checkpoint, "config": config}
         change(changed)
         torch.save(changed, tmp_path / f"{name}.pt")
-        bad([f"{name}.pt is not a model of this project"], tmp_path / f"{name}.pt")
+        words = ["a part of it is missing or damaged"] if name in ("config", "unknown") else []
+        bad([f"{name}.pt is not a model of this project", *words], tmp_path / f"{name}.pt")
     for seeds in ("x", "-3", "5-2,7", "1-", "9" * 30):
         bad(["--seeds", "must be like 0-63"], good, f"--seeds={seeds}")
     bad(["take the ema.pt"], trained / "run/state.pt")
@@ -1061,37 +1062,37 @@ def test_presets_are_the_recipes_table():
         unit = 1000 if "Mimg" in cells("warm-up", column) else 1
         assert numbers(cells("images", column)) == [o.resolution] * 2
         assert numbers(cells("width", column)) == o.mult
-        assert numbers(cells("attention", column)) == [o.blocks, *o.attention]
+        side = o.resolution
+        attention = train.unet_config(o, 3, side, side, 0)["attention"]
+        assert numbers(cells("attention", column)) == [o.blocks, *attention]
         assert numbers(cells("batch", column)) == [o.batch, o.lr]
         assert numbers(cells("warm-up", column)) == [o.warmup / unit, o.duration / unit]
         found = numbers(cells("dropout", column))
         assert (found + [0, 0])[:2] == [o.dropout, o.augment]
         assert numbers(cells("half-life", column)) == [o.ema]
-        if "Heun" in cells("sampling", column):
-            assert numbers(cells("sampling", column))[:1] == [2 * o.sample_steps - 1]
+        assert numbers(cells("sampling", column)) == [2 * o.sample_steps - 1]
     other = vars(train.options(["--data", "cifar10"]))
     assert other == {**vars(train.options(["--preset", "cifar10"])), "data": "cifar10"}
 
 
-def test_attention_is_where_the_preset_has_it_or_at_a_level_that_exists():
-    for words, sides in (("", [8]), ("--resolution 32", [16]),
-                         ("--resolution 32 --mult 1 1 1", [8]), ("--preset cifar10 --mult 1", [32]),
-                         ("--attention 16 8", [16, 8])):
+def test_attention_is_at_a_level_that_exists_or_refused():
+    def sides(words):
         args = train.options(words.split())
-        unet = train.unet_config(args, 3, args.resolution, args.resolution, 0)
-        assert unet["attention"] == sides, words
+        return train.unet_config(args, 3, args.resolution, args.resolution, 0)["attention"]
+    for words, expected in (("", [8]), ("--resolution 32", [16]), ("--attention", []),
+                            ("--resolution 32 --mult 1 1 1", [16]),
+                            ("--preset cifar10 --mult 1", [32]), ("--attention 16 8", [16, 8])):
+        assert sides(words) == expected, words
+    with pytest.raises(UserError, match="--attention 8: the levels have sides of 32, 16"):
+        sides("--resolution 32 --attention 8")
 
 
 def test_presets_have_the_papers_sizes():
-    default = dict(resolution=32, channels=128, mult=[2, 2, 2], blocks=4, attention=[16],
-                   augment=0.12)
     with torch.device("meta"):
-        for name, count in (("cifar10", 55_740_806), ("ffhq64", 61_809_030), ("tiny", None)):
-            kw = {**default, **train.PRESETS[name]}
-            unet = UNet(3, 6, kw["channels"], kw["mult"], kw["blocks"], kw["attention"],
-                        kw["resolution"], augment_dim=9 if kw["augment"] else 0)
-            n = sum(p.numel() for p in unet.parameters())
-            assert n == count or name == "tiny" and 3.5e5 < n < 4.5e5
+        for name, count in (("cifar10", 55_740_806), ("ffhq64", 61_809_030), ("tiny", 423_870)):
+            args = train.options(["--preset", name])
+            unet = UNet(**train.unet_config(args, 3, args.resolution, args.resolution, 0))
+            assert sum(p.numel() for p in unet.parameters()) == count
 
 
 SHARED = ROOT.parent / "shared/data/cifar10-train-jpeg.tar.xz"
