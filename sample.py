@@ -2,7 +2,6 @@
 
     python sample.py --ckpt run/ema.pt --seeds 0-63                  # a PNG a seed in samples/
     python sample.py --ckpt run/ema.pt --solver multistep            # 12 evaluations instead of 35
-    python sample.py --ckpt run/ema.pt --seeds 0-2 --strip           # the steps: samples-strip.png
     python sample.py --ckpt run/ema.pt --init cat.png --level 1      # your own, degraded and back
     python sample.py --ckpt any/ema.pt --bnr 0.3                     # a network of --bnr any
 
@@ -20,10 +19,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from degrade import (AnyBNR, ColdPath, ConstantBNR, attenuation, check_path, dct2, degrade,
+from degrade import (AnyBNR, ColdPath, attenuation, check_path, dct2, degrade,
                      expand_level, idct2, levels_of, make_path)
 from model import load_model
-from util import (Parser, UserError, add_device_option, atomic_write, film_strip, full_float32,
+from util import (Parser, UserError, add_device_option, atomic_write, full_float32,
                   normalize, number, process_group, rank, read_image, save_grid, save_image, say,
                   to_uint8, world_size)
 
@@ -254,21 +253,16 @@ def sampling_path(checkpoint, bnr=None, name=None):
     config, channels = checkpoint["config"], checkpoint["data"]["shape"][0]
     try:
         trained = make_path(config["bnr"], config.get("path"))
-        if isinstance(trained, ColdPath):
-            if config["param"] == "noise":
-                raise ValueError("a cold model has no noise to predict")
-            start = plain_image(torch.ones(1, channels, 1, 1), **config["colour"])
-            if not start.isfinite().all():
-                raise ValueError("the colour that it starts from is not finite")
+        if isinstance(trained, ColdPath) and (config["param"] == "noise" or not plain_image(
+                torch.ones(1, channels, 1, 1), **config["colour"]).isfinite().all()):
+            raise ValueError("a cold model predicts no noise, and starts from a finite colour")
     except (ValueError, TypeError, KeyError, RuntimeError) as e:
         raise UserError(f"this model cannot be sampled from the command line: {e}") from None
     if isinstance(trained, AnyBNR):
-        if name is not None:
-            return make_path(None, name)
-        if not 0 <= (bnr or 0) <= AnyBNR.max_bnr:
+        if (bnr or 0) > AnyBNR.max_bnr:
             raise UserError(f"--bnr {bnr:g}: this model was trained for ratios from 0 to "
                             f"{AnyBNR.max_bnr}")
-        return ConstantBNR(0.5 if bnr is None else bnr)
+        return make_path(0.5 if bnr is None else bnr, name)
     if bnr is not None or name is not None:
         own = f"the path {config['path']}" if config.get("path") else f"BNR {config['bnr']:g}"
         raise UserError("--bnr and --path are for a model trained with --bnr any; this one has "
@@ -352,12 +346,9 @@ def arguments():
     a("--out", default="samples",
       help="folder of the PNGs, or of .npy files where the data are latents or have neither 1 nor "
            "3 channels; classes.json there says the class of each (default samples)")
-    only = p.add_mutually_exclusive_group().add_argument
-    only("--grid", action="store_true", help="write only the grid, OUT-grid.png")
-    only("--strip", action="store_true", help="write only the film strip of the first three seeds, "
-                                              "OUT-strip.png")
-    a("--bnr", type=number(float, 0), nargs="+", metavar="R",
-      help="for a model of --bnr any: the ratio, 0 to 10; with --strip up to three (default 0.5)")
+    a("--grid", action="store_true", help="write only the grid, OUT-grid.png")
+    a("--bnr", type=number(float, 0), metavar="R",
+      help="for a model of --bnr any: the ratio, 0 to 10 (default 0.5)")
     sampler_options(p)
     a("--init", help="start from this image, degraded to --level")
     a("--level", type=number(float, 0.01), help="level t of --init (default 1)")
@@ -365,10 +356,8 @@ def arguments():
     args = p.parse_args()
     if args.level and not args.init:
         p.error("--level is for --init: the level that your own image is degraded to")
-    if args.bnr and args.path:
+    if args.bnr is not None and args.path:
         p.error("--bnr and --path are two ways to choose the path: give one of them")
-    if len(args.bnr or []) > (3 if args.strip else 1):
-        p.error("--bnr takes one ratio, or with --strip up to three")
     return p, args
 
 
@@ -378,54 +367,44 @@ def main():
         full_float32()
         net, checkpoint = load_model(args.ckpt, args.device, args.precision, args.compile)
         options, nfe = sampler(args, net, checkpoint)
-        shape, classes = checkpoint["data"]["shape"], checkpoint["data"]["classes"]
-        paths = [sampling_path(checkpoint, bnr, args.path) for bnr in args.bnr or [None]]
-        low, high = paths[0].t_range(*shape[1:])
+        path = sampling_path(checkpoint, args.bnr, args.path)
+        facts, label = checkpoint["data"], options.get("label")
+        low, high = path.t_range(*facts["shape"][1:])
         if args.level and not low < args.level <= high:
             raise UserError(f"--level {args.level:g}: must be above {low} and at most {high:g}")
-        if checkpoint["data"].get("latents") and (args.init or args.grid or args.strip):
-            raise UserError("--init, --grid and --strip are for images, and this model's data are "
-                            "latents")
+        if facts.get("latents") and (args.init or args.grid):
+            raise UserError("--init and --grid are for images, and this model's data are latents")
         if args.init:
-            init = normalize(read_image(args.init, *shape))
+            init = normalize(read_image(args.init, *facts["shape"]))
             options.update(init=init, level=args.level or 1.)
         if not args.seeds:
-            alike = isinstance(paths[0], ColdPath) and (args.label or not net.classes)  # no noise
+            alike = isinstance(path, ColdPath) and (args.label or not net.classes)      # no noise
             args.seeds = range((1 if alike else 8) if args.init else 64)
         if net.classes and rank() == 0:
-            one = options.get("label")
-            say(f"class {classes[one]}" if one is not None else
-                f"the classes of seeds 0, 1, ...: {', '.join(classes[:net.classes])}, in turn")
-        out = args.out.rstrip("/")
-        if os.path.basename(out) in ("", ".", ".."):
-            out = os.path.abspath(args.out)                     # grid and strip are named after it
-        draw = draw_strip if args.strip else draw_images
-        draw(args, net, paths, checkpoint, out, options, nfe)
+            names = facts["classes"][:net.classes]
+            say(f"class {names[label]}" if label is not None else
+                f"the classes of seeds 0, 1, ...: {', '.join(names)}, in turn")
+        draw_images(args, net, path, facts, options, nfe)
 
 
-def draw_images(args, net, paths, checkpoint, out, options, nfe):
-    """One file a seed in the folder out, and a grid of the first 256. Processes share the seeds."""
-    facts, seeds = checkpoint["data"], args.seeds[rank()::world_size()]
-    as_images = facts["shape"][0] in (1, 3) and not facts.get("latents")
-    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-    if not args.grid:
-        os.makedirs(out, exist_ok=True)
+def draw_images(args, net, path, facts, options, nfe):
+    """One file a seed in the folder --out, and a grid of the first 256; processes share them."""
+    seeds, latents = args.seeds[rank()::world_size()], facts.get("latents")
+    suffix = "png" if facts["shape"][0] in (1, 3) and not latents else "npy"
+    out, shown = args.out.rstrip("/"), []
+    if os.path.basename(out) in ("", ".", ".."):
+        out = os.path.abspath(args.out)                         # the grid is named after it
+    os.makedirs((os.path.dirname(out) or ".") if args.grid else out, exist_ok=True)
     bar = progress(net, nfe * math.ceil(len(seeds) / args.batch))
-    shown, done = [], 0
-    try:
-        for x in generate(net, paths[0], facts["shape"], seeds, args.device, args.batch, **options):
-            images = to_uint8(x).cpu()
-            for seed, image, state in zip(seeds[done:], images, x) if not args.grid else ():
-                if as_images:
-                    save_image(image, f"{out}/{seed:06d}.png")
-                else:
-                    np.save(f"{out}/{seed:06d}.npy", state.float().cpu().numpy())
-            shown += images[:math.ceil(256 / world_size()) - len(shown)]
-            done += len(images)
-    except KeyboardInterrupt:                                   # keep what is drawn
-        if shown and world_size() == 1 and not facts.get("latents"):
-            save_grid(torch.stack(shown), f"{out}-grid.png")
-        raise
+    todo = iter(seeds)
+    for x in generate(net, path, facts["shape"], seeds, args.device, args.batch, **options):
+        images = to_uint8(x).cpu()
+        for image, state, seed in zip(images, x, todo) if not args.grid else ():
+            if suffix == "png":
+                save_image(image, f"{out}/{seed:06d}.png")
+            else:
+                np.save(f"{out}/{seed:06d}.npy", state.float().cpu().numpy())
+        shown += images[:math.ceil(256 / world_size()) - len(shown)]
     bar.close()
     if world_size() > 1:                                        # back to the order of the seeds
         parts = [None] * world_size()
@@ -434,43 +413,15 @@ def draw_images(args, net, paths, checkpoint, out, options, nfe):
     if rank() > 0:
         return
     if net.classes and not args.grid:
-        suffix = "png" if as_images else "npy"
         labels = classes_of(args.seeds, net.classes, label=options.get("label"))
         with atomic_write(f"{out}/classes.json", "w") as f:
             json.dump({f"{seed:06d}.{suffix}": facts["classes"][label]
                        for seed, label in zip(args.seeds, labels)}, f)
-    files = [] if args.grid else [f"{out}/"]
-    if not facts.get("latents"):
+    if not latents:
         save_grid(torch.stack(shown[:256]), f"{out}-grid.png")
-        files.append(f"{out}-grid.png")
-    report(len(args.seeds), options, nfe, " and ".join(files))
-
-
-def draw_strip(args, net, paths, checkpoint, out, options, nfe):
-    """At most ten states of three seeds, or of one seed along up to three paths: four rows each."""
-    if rank() > 0:
-        return
-    seeds = args.seeds[:3] if len(paths) == 1 else args.seeds[:1]
-    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-    bar = progress(net, nfe * len(paths))
-    rows = []
-    for path in paths:
-        states = []
-        for _ in generate(net, path, checkpoint["data"]["shape"], seeds, args.device, 3,
-                          watch=lambda *state: states.append(state), **options):
-            pass
-        states = [states[round(i)] for i in np.linspace(0, len(states) - 1, min(10, len(states)))]
-        for j, seed in enumerate(seeds):
-            name = f"BNR {path.bnr:g}: " if len(paths) > 1 else f"{seed}: "
-            # divided by sqrt(1 + sigma^2), or the noise would clip; R is small beside D
-            rows.append((name + "x", [x[j] / math.sqrt(1 + path.levels(t)[1] ** 2)
-                                      for t, x, d, r in states]))
-            rows.append((name + "D", [d[j] for t, x, d, r in states]))
-            rows.append((name + "4 R", [4 * r[j] for t, x, d, r in states]))
-            rows.append((name + "D + R", [d[j] + r[j] for t, x, d, r in states]))
-    bar.close()
-    film_strip(rows, [f"t = {t:.3g}" for t, *_ in states], f"{out}-strip.png")
-    report(len(seeds) * len(paths), options, nfe, f"{out}-strip.png")
+    files = ([] if args.grid else [f"{out}/"]) + ([] if latents else [f"{out}-grid.png"])
+    say(f"{len(args.seeds)} images, {options['solver']} {options['steps']} steps, NFE {nfe} "
+        f"(network evaluations an image): {' and '.join(files)}")
 
 
 def progress(net, evaluations):
@@ -478,11 +429,6 @@ def progress(net, evaluations):
     bar = tqdm(total=evaluations, unit=" evaluations", disable=rank() > 0)
     net.register_forward_hook(lambda *_: bar.update() and None)
     return bar
-
-
-def report(n, options, nfe, files):
-    say(f"{n} images, {options['solver']} {options['steps']} steps, NFE {nfe} (network evaluations "
-        f"an image): {files}")
 
 
 if __name__ == "__main__":

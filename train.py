@@ -95,8 +95,8 @@ def options(argv=None):
       help="width of each level, times --channels (default 2 2 2)")
     a("--blocks", type=number(int, 1, 64), default=4, help="residual blocks a level (default 4)")
     a("--attention", type=number(int, 0), nargs="*",
-      help="sides of the levels with attention (default: 16 where images are larger and a level has "
-           "it, else the last level)")
+      help="sides of the levels with attention (default: 16, where a level below the first has it, "
+           "else the last level)")
     a("--seed", type=number(int, 0, 2 ** 31), default=0,
       help="of the weights, the order and the noise (default 0)")
     a("--init-from", metavar="CKPT",

@@ -64,8 +64,8 @@ within speed $((limit / 5)) "$python" -m study.speed --device "$device" --preset
     --runs 1 --results "$results"
 within samples "$(left)" "$python" sample.py --ckpt "$out/ema.pt" --device "$device" --grid \
     --out "$out/samples"
-within strip "$(left)" "$python" sample.py --ckpt "$out/ema.pt" --device "$device" --bnr 0 0.5 2 \
-    --seeds 0 --strip --out "$out/samples"
+within strip "$(left)" "$python" -m study.strip --ckpt "$out/ema.pt" --device "$device" \
+    --bnr 0 0.5 2 --seeds 0 --out "$out/samples-strip.png"
 within sweep "$(left)" "$python" -m study.sweep --ckpt "$out/ema.pt" --data "$data" \
     --preset "$preset" --device "$device" --samples "$samples" --solvers multistep --nfe 18 \
     --results "$results" $measure

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from degrade import ColdPath, ConstantBNR, blur, dct2, degrade, idct2
+from degrade import ColdPath, blur, dct2, degrade, idct2
 from exact import gaussian_heads, gaussian_images, m_of, power_law
 from loss import disentangled_loss, weights
 from model import Denoiser

@@ -13,6 +13,7 @@ from loss import disentangled_loss
 from model import Denoiser, UNet
 from sample import (classes_of, churn_step, curvature, generate, multistep_times, plain_image,
                     sample, seed_noise, solve, step, time_steps)
+from study.strip import rows_of
 from util import UserError
 
 H = W = 32
@@ -495,20 +496,14 @@ def test_an_image_degraded_a_little_comes_back_near():
     assert (near - x0).std() < 0.1 < (far - x0).std()
 
 
-def test_a_film_strip_shows_the_same_seed_along_each_path(monkeypatch, capsys):
+def test_a_film_strip_shows_the_same_seed_along_each_path():
     """Four rows a ratio: the state over sqrt(1 + sigma^2), D, 4 R and D + R of every step."""
     torch.manual_seed(0)
     unet = UNet(3, 6, channels=8, mult=(1,), blocks=0, attention=(), ratio=True)
     torch.nn.init.normal_(unet.last.weight, std=0.1)
-    net, strips = Denoiser(unet).eval(), []
-    monkeypatch.setattr(sample_script, "film_strip", lambda *strip: strips.append(strip))
-    paths = [ConstantBNR(bnr) for bnr in (0, 0.5, 2)]
-    args, checkpoint = Namespace(seeds=[5, 6], device="cpu"), {"data": {"shape": [3, 8, 8]}}
-    options = {"steps": 3, "solver": "heun"}
-    sample_script.draw_strip(args, net, paths, checkpoint, "film", options, 5)
-    (rows, columns, filename), = strips
-    assert columns == [f"t = {t:.3g}" for t in time_steps(3)[:-1]] and filename == "film-strip.png"
-    assert "3 images, heun 3 steps, NFE 5" in capsys.readouterr().out
+    net, paths = Denoiser(unet).eval(), [ConstantBNR(bnr) for bnr in (0, 0.5, 2)]
+    rows, times = rows_of(net, paths, [3, 8, 8], [5], "cpu", steps=3)
+    assert times == pytest.approx(time_steps(3)[:-1].tolist())
     for bnr, path in zip((0, 0.5, 2), paths):
         states = []
         drawn(net, path, (3, 8, 8), [5], steps=3, watch=lambda *state: states.append(state))
