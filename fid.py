@@ -192,7 +192,7 @@ def drawn_batches(net, path, shape, first, num, device, batch, **options):
 def main():
     p = Parser(description="The FID of images on disk, or of a model's samples, to a reference.")
     a = p.add_argument
-    a("samples", nargs="?", help="a folder, zip, tar, .npy or .npz of images, cifar10, leaves, or "
+    a("samples", nargs="?", help="a folder, zip, .npy or .npz of images, cifar10, leaves, or "
                                  "a statistics file (.npz); transparent parts go on white")
     a("--ref", required=True, help="the reference, likewise; its statistics are kept in data/")
     a("--resolution", type=number(int, 1, 4096),
