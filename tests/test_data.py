@@ -438,7 +438,7 @@ def test_what_contains_no_images_is_an_error(tmp_path):
     for name, words in (("no", "does not exist"),
                         ("empty", r"empty contains no image that can be read; give leaves"),
                         ("text.zip", "text.zip cannot be read .BadZipFile.*: give leaves, cifar10"),
-                        ("text", "text contains no image .*; files that are not read: 1, as a.txt;"),
+                        ("text", "text contains no image .*; files that are not read: 1, as a.txt"),
                         ("one.png", "one.png cannot be read .* give .* a folder")):
         with pytest.raises(UserError, match=words):
             load(tmp_path / name)
