@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import augment, load, resident, shuffled, take
+from data import augment, load, shuffled, take
 from degrade import AnyBNR, ConstantBNR, check_path, make_path, time_of
 from fid import drawn_batches, frechet_distance, statistics
 from inception import load_inception
@@ -211,7 +211,7 @@ def loop(args, run, data, path, net, ema, optimizer, seen, signals):
     bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda" \
         and torch.cuda.is_bf16_supported(including_emulation=False)
     total = math.ceil(round(args.duration * 1000, 6) / args.batch) * args.batch
-    images = resident(data.images, device)
+    images = data.images
     score = scorer(args, run, images, path, bf16) if args.fid_every else None
     if args.compile or args.compile is None and device.type == "cuda":
         compile_or_warn(net.unet, args.compile)
