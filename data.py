@@ -34,7 +34,7 @@ CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}     # Pillow's formats
 EXTENSIONS = {e for e, f in Image.registered_extensions().items() if f not in NO_PICTURES}
 LEFTOVERS = {"__macosx", "@eadir", "@__thumb", "#recycle", "@recycle", "$recycle.bin"}
-READ_FIRST = re.compile(r"dataset\.json|metadata\.(csv|jsonl|parquet)")
+TABLES = re.compile(r"dataset\.json|metadata\.(csv|jsonl|parquet)")
 SPLIT = re.compile("(train(ing)?|val(id|idation)?|dev|test(ing)?|eval)[0-9]*[AB]?", re.IGNORECASE)
 UNPACK_LIMIT = 2 ** 29                          # bytes that every archive may unpack to
 KEEP_FROM = 2 ** 21                             # bytes of images that are worth a file
@@ -169,20 +169,10 @@ def epoch(e, n, seed):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed_for("epoch", seed, e)))
 
 
-def resident(images, device):
-    """The data set on the training device where it takes less than half of the free memory."""
-    if device.type == "cpu" or images.nbytes >= torch.cuda.mem_get_info(device)[0] / 2:
-        return images
-    return images.to(device)
-
-
 def take(images, index, device):
     """images[index] on the device; through pinned memory, so that the CPU waits for no copy."""
-    if device.type == "cpu":
-        return images[index]
-    if images.device.type == "cpu":
-        return images[index].pin_memory().to(device, non_blocking=True)
-    return images[index.pin_memory().to(device, non_blocking=True)]
+    batch = images[index]
+    return batch if device.type == "cpu" else batch.pin_memory().to(device, non_blocking=True)
 
 
 # Augmentation
@@ -284,51 +274,49 @@ def read(path, paths, array, resolution):
     except Exception as e:                                      # zip, json and NumPy differ
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise UserError(f"{path} cannot be read ({reason}): {GIVE}") from None
-    images, facts = None, {}
+    images, infos, channels = None, {}, 1
     with ThreadPoolExecutor() as pool:
-        for n, pixels, found in tqdm(pool.map(partial(decode, resolution), entries), "decoding",
+        for n, pixels, info in tqdm(pool.map(partial(decode, resolution), entries), "decoding",
                                      len(entries)):
             if pixels is None:
-                warn(f"skipped {n}: {found}")
+                warn(f"skipped {n}: {info}")
                 continue
             if images is None:
                 images = np.empty((len(entries), 3, *pixels.shape[1:]), np.uint8)
             if pixels.shape[1:] != images.shape[2:]:
                 raise UserError(f"{n} and the first image have different sizes: give a resolution "
                                 "to crop and resize them to")
-            images[len(facts)] = pixels                         # grey as three equal channels
-            facts[n] = found
-    if not facts:
+            images[len(infos)] = pixels                         # grey as three equal channels
+            infos[n], channels = info, max(channels, len(pixels))
+    if not infos:
         raise UserError("; ".join([f"{path} contains no image that can be read", *said, GIVE]))
-    if skipped := len(entries) - len(facts):
+    if skipped := len(entries) - len(infos):
         said.append(f"{skipped} of {len(entries)} images skipped")
-    deep = max(f.get("deep", 0) for f in facts.values())
+    deep = max(info.get("deep", 0) for info in infos.values())
     if 0 < deep < 2 ** 15:                                      # 12 bits in 16, for example
-        said.append(f"its 16-bit images use 1/{2 ** (16 - deep.bit_length())} of their range: "
-                    "convert them to 8 bits")
-    if stacks := [n for n in facts if facts[n].get("stack")]:
+        said.append(f"its 16-bit images use 1/{2 ** 16 // deep} of their range: convert to 8 bits")
+    if stacks := [n for n in infos if infos[n].get("stack")]:
         said.append(f"only the first page is read of {len(stacks)} with several, as {stacks[0]}")
-    channels = max(f["channels"] for f in facts.values())
     no_classes = values if isinstance(values, str) else ""      # the reason
-    classes = sorted({"all"} if no_classes else {values[n] for n in facts})
-    place = {value: i for i, value in enumerate(classes)}
-    labels = [0 if no_classes else place[values[n]] for n in facts]
-    return {"images": torch.from_numpy(images[:len(facts), :channels]).contiguous(),
-            "labels": torch.tensor(labels), "classes": classes, "no_classes": no_classes,
-            "skipped": skipped, "said": said}
+    values = ["all" if no_classes else values[n] for n in infos]
+    classes, labels = np.unique(values, return_inverse=True)
+    return {"images": torch.from_numpy(images[:len(infos), :channels]).contiguous(),
+            "labels": torch.from_numpy(labels), "classes": classes.tolist(), "skipped": skipped,
+            "no_classes": no_classes, "said": said}
 
 
 def decode(resolution, entry):
     """entry: a name and a function that returns the bytes of a PNG, or of another file, or an array
-    [H, W] or [H, W, 3]. -> the name, and uint8 [1 or 3, H, W] and facts, or None and the error."""
+    [H, W] or [H, W, 3]. -> the name, uint8 [1 or 3, H, W] and what open_upright says of it; or the
+    name, None and the error."""
     name, content = entry
     try:
         found = content()
         image = Image.fromarray(found) if isinstance(found, np.ndarray) \
             else open_upright(io.BytesIO(found))
-        facts = {**image.info, "channels": len(image.getbands())}
+        info = image.info
         image = crop_and_resize(image, resolution, resolution) if resolution else image
-        return name, np.atleast_3d(np.array(image)).transpose(2, 0, 1), facts
+        return name, np.atleast_3d(image).transpose(2, 0, 1), info
     except Exception as e:                                      # decoders raise nearly anything
         return name, None, e
 
@@ -345,20 +333,18 @@ def file_source(path, paths):
         bounded(path, archive)
         members = {i.filename: partial(archive.read, i) for i in archive.infolist()
                    if not i.is_dir()}
-    entries, texts, left = {}, {}, []
+    entries, tables, left = {}, {}, []
     for name, content in members.items():
         file = PurePosixPath(name.replace("\\", "/"))           # Windows' names
-        if any(part.startswith(".") or part.lower() in LEFTOVERS for part in file.parts):
-            left.append(name)
-        elif READ_FIRST.fullmatch(file.name):
-            texts[str(file)] = content()
-        elif file.suffix.lower() in EXTENSIONS:
+        shown = not any(p.startswith(".") or p.lower() in LEFTOVERS for p in file.parts)
+        if shown and file.suffix.lower() in EXTENSIONS:
             entries[str(file)] = content
+        elif shown and TABLES.fullmatch(file.name):
+            tables[str(file)] = content
         else:
             left.append(name)
     said = [f"files that are not read: {len(left)}, as {left[0]}"] if left else []
-    entries = sorted(entries.items())
-    return entries, file_classes(dict(entries), texts), said
+    return sorted(entries.items()), file_classes(entries, tables), said
 
 
 def array_source(path, chosen):
@@ -381,23 +367,23 @@ def array_source(path, chosen):
     chosen = chosen or (found[0] if len(found) == 1 else None)
     if chosen not in found:
         held = ", ".join(f"{k} {a.dtype} {list(a.shape)}".lstrip() for k, a in arrays.items())
-        remedy = f"give one, as {path}:{min(found)}" if found else \
-            "images are uint8 [N, H, W], or [N, H, W, C] of 1 or 3 channels"
-        raise UserError(f"{path} holds {held}: {remedy}")
+        raise UserError(f"{path} holds {held}: images are uint8 [N, H, W], or [N, H, W, C] of 1 or "
+                        f"3 channels; of several give one, as {path}:x")
     x = arrays[chosen]
     x = x[..., 0] if x.shape[3:] == (1,) else x                 # [N, H, W] or [N, H, W, 3]
     entries = [(f"{i:09d}", partial(x.__getitem__, i)) for i in range(len(x))]
-    labels = [k for k, a in arrays.items() if a.size == len(a) == len(x)]
-    values = dict(zip(dict(entries), arrays[labels[0]].ravel().tolist())) if len(labels) == 1 \
-        else f"{' and '.join(labels) or 'no array'} could be its labels"
+    labels = [a for a in arrays.values()
+              if a.dtype.kind in "iuU" and a.shape in ((len(x),), (len(x), 1))]
+    values = dict(zip(dict(entries), labels[0].ravel().tolist())) if len(labels) == 1 \
+        else f"{len(labels)} of its arrays could be its labels"
     return entries, values, []
 
 
-def file_classes(names, texts):
+def file_classes(names, tables):
     """EDM's table: the labels that dataset.json has for the images below its folder. Or the first
     folder in which the paths differ."""
-    for table in (name for name in texts if name.endswith("dataset.json")):
-        given = dict(json.loads(texts[table]).get("labels") or ())
+    for table in (name for name in tables if name.endswith("dataset.json")):
+        given = dict(json.loads(tables[table]()).get("labels") or ())
         folder = PurePosixPath(table).parent
         labels = {str(folder / n.replace("\\", "/")): label for n, label in given.items()}
         if unknown := names.keys() - labels.keys():
@@ -408,7 +394,7 @@ def file_classes(names, texts):
     folders = [PurePosixPath(n).parts[:-1] for n in names]
     depth = len(os.path.commonprefix(folders))
     values = [(*folder, "")[depth] for folder in folders]       # "": an image beside the folders
-    reasons = [f"labels in {n} are not read" for n in texts]
+    reasons = [f"labels in {n} are not read" for n in tables]
     splits = sorted({value for value in values if SPLIT.fullmatch(value)})
     if len(splits) > 1:                                         # one class may be named train
         reasons.insert(0, f"{' and '.join(splits)} are splits: give one of them")
@@ -418,12 +404,11 @@ def file_classes(names, texts):
 
 
 def bounded(path, archive):
-    """Raises UserError where a ZipFile unpacks to more bytes than images do: they are compressed
-    already."""
-    size, packed = sum(i.file_size for i in archive.infolist()), path.stat().st_size
-    if size > UNPACK_LIMIT + 100 * packed:
-        raise UserError(f"{path} is refused: it unpacks to {size / 2 ** 30:.1f} GiB from "
-                        f"{packed / 2 ** 20:.1f} MiB; if you trust it, save it uncompressed")
+    """Raises UserError where a ZipFile unpacks to more than images do; they are compressed."""
+    size = sum(info.file_size for info in archive.infolist())
+    if size > UNPACK_LIMIT + 100 * path.stat().st_size:
+        raise UserError(f"{path} is refused: it unpacks to {size / 2 ** 30:.1f} GiB, more than 100 "
+                        "times its size; if you trust it, save it uncompressed")
 
 
 def folder_files(root):

@@ -240,7 +240,7 @@ def test_16_bit_images_that_use_few_of_their_bits_are_one_line(bits, tmp_path, c
     Image.fromarray(ramp // 4).save(tmp_path / "b.tif")         # a dark one stays darker
     x = load(tmp_path).images
     assert np.array_equal(x[:, 0].numpy(), [ramp >> 8, ramp // 4 >> 8])
-    said = f"use 1/{2 ** (16 - bits)} of their range: convert them to 8 bits"
+    said = f"use 1/{2 ** (16 - bits)} of their range: convert to 8 bits"
     assert (said in capsys.readouterr().err) == (bits < 16)
 
 
@@ -274,13 +274,13 @@ def test_arrays_are_read_with_their_labels_and_named(tmp_path, monkeypatch):
 
     np.savez("two.npz", x_test=x[:4], x_train=x, y_test=y[:4], y_train=y)
     with pytest.raises(UserError, match=r"two.npz holds x_test uint8 \[4, 8, 8, 3\], x_train uint8 "
-                                        r"\[6, .* give one, as two.npz:x_test"):
+                                        r"\[6, .* give one, as two.npz:x"):
         load("two.npz")
     assert load("two.npz:x_test").labels.tolist() == [0, 1, 0, 2]
     assert load("two.npz:x_train").name == "two.npz:x_train"
     assert load("two.npz:x_train").labels.tolist() == y.tolist()
     np.savez("three.npz", x=x, y=y, z=y)
-    assert load("three.npz").no_classes == "y and z could be its labels"
+    assert load("three.npz").no_classes == "2 of its arrays could be its labels"
     for name, array in (("float", x / 255.), ("int", x.astype(np.int64)), ("one", x[0]),
                         ("rgba", np.concatenate([x, x[..., :1]], 3)),
                         ("planes", x.transpose(0, 3, 1, 2)), ("none", x[:0])):
