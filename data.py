@@ -62,9 +62,8 @@ class Images:
             raise UserError(f"{self.name}: images must be a uint8 tensor [N, C, H, W], or finite "
                             "floats, which latents=True takes as they are; these are "
                             f"{x.dtype} {list(x.shape)} with latents={self.latents}")
-        if self.labels is None:
-            self.labels = torch.zeros(len(x), dtype=torch.long)
-        y = self.labels
+        y = self.labels = torch.zeros(len(x), dtype=torch.long) if self.labels is None \
+            else self.labels
         if not isinstance(y, torch.Tensor) or y.dtype != torch.long or y.shape != (len(x),) \
                 or y.min() < 0 or y.max() >= len(self.classes) \
                 or len(set(self.classes)) < len(self.classes):
@@ -124,7 +123,7 @@ def load(spec, resolution=None, folder="data", keep=True):
     refuse_special(path)
     if not path.exists():
         raise UserError(f"{path} does not exist: {GIVE}")
-    paths = folder_files(path) if path.is_dir() else {"": path}
+    paths = dict(folder_files(path)) if path.is_dir() else {"": path}
     key = 1, array, resolution, [(name, (s := file.stat()).st_size, s.st_mtime_ns, s.st_ctime_ns)
                               for name, file in paths.items()]
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
@@ -267,6 +266,11 @@ def read(path, paths, array, resolution):
     """What path holds, sorted by name, as a dict for Images; "said": the lines to say about it.
     Files that cannot be read are named on stderr. Raises UserError."""
     try:
+        if zipfile.is_zipfile(path):                            # as an .npz is
+            size = sum(info.file_size for info in zipfile.ZipFile(path).infolist())
+            if size > UNPACK_LIMIT + 100 * path.stat().st_size:
+                raise UserError(f"{path} is refused: it unpacks to {size / 2 ** 30:.1f} GiB, more "
+                                "than 100 times its size; if you trust it, save it uncompressed")
         entries, values, said = array_source(path, array) \
             if array or path.suffix in (".npy", ".npz") else file_source(path, paths)
     except UserError:
@@ -306,8 +310,8 @@ def read(path, paths, array, resolution):
 
 
 def decode(resolution, entry):
-    """entry: a name and a function that returns the bytes of a PNG, or of another file, or an array
-    [H, W] or [H, W, 3]. -> the name, uint8 [1 or 3, H, W] and what open_upright says of it; or the
+    """entry: a name and a function that returns the bytes of a PNG or another file, or an array
+    [H, W] or [H, W, 3]. -> the name, uint8 [1 or 3, H, W] and the facts of open_upright; or the
     name, None and the error."""
     name, content = entry
     try:
@@ -330,7 +334,6 @@ def file_source(path, paths):
         members = {name: file.read_bytes for name, file in paths.items()}
     else:
         archive = zipfile.ZipFile(path)
-        bounded(path, archive)
         members = {i.filename: partial(archive.read, i) for i in archive.infolist()
                    if not i.is_dir()}
     entries, tables, left = {}, {}, []
@@ -359,8 +362,6 @@ def array_source(path, chosen):
                   "labels": np.array(CIFAR10_CLASSES)[records[:, 0]]}
     else:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        if path.suffix == ".npz":
-            bounded(path, loaded.zip)
         arrays = dict(loaded) if path.suffix == ".npz" else {"": loaded}
     found = [k for k, a in arrays.items() if a.dtype == np.uint8 and a.size and (
         a.ndim == 3 and a.shape[2] > 4 or a.ndim == 4 and a.shape[3] in (1, 3))]
@@ -403,29 +404,16 @@ def file_classes(names, tables):
     return ", and ".join(reasons) or dict(zip(names, values))
 
 
-def bounded(path, archive):
-    """Raises UserError where a ZipFile unpacks to more than images do; they are compressed."""
-    size = sum(info.file_size for info in archive.infolist())
-    if size > UNPACK_LIMIT + 100 * path.stat().st_size:
-        raise UserError(f"{path} is refused: it unpacks to {size / 2 ** 30:.1f} GiB, more than 100 "
-                        "times its size; if you trust it, save it uncompressed")
-
-
-def folder_files(root):
-    """{name: path} of all files below root. Links are followed, into each folder once."""
-    found, seen = {}, set()
-    for folder, subfolders, names in os.walk(
-            root, followlinks=True, onerror=lambda e: warn(f"{e.filename}: {e.strerror}")):
-        subfolders.sort()
-        real = os.path.realpath(folder)
-        if real in seen:
-            warn(f"{folder} is a link to a folder that is read already")
-            subfolders.clear()
-            continue
-        seen.add(real)
-        for file in (Path(folder, name) for name in sorted(names)):
-            if file.is_file():
-                found[file.relative_to(root).as_posix()] = file
-            else:
-                warn(f"{file} is not read: it is no file, or a link to none")
-    return found
+def folder_files(folder, inside="", around=()):
+    """Yields the name and path of each file below a folder. Links are followed, but not to a folder
+    around them. OSError where a folder cannot be read."""
+    around = (*around, os.path.realpath(folder))
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_dir() and os.path.realpath(entry) in around:
+            warn(f"{entry.path} is not read: it is a link to a folder around it")
+        elif entry.is_dir():
+            yield from folder_files(entry, f"{inside}{entry.name}/", around)
+        elif entry.is_file():
+            yield inside + entry.name, Path(entry)
+        else:
+            warn(f"{entry.path} is not read: it is no file, or a link to none")
