@@ -358,19 +358,20 @@ def array_source(path, chosen):
             batches = [tar.extractfile(name).read() for name in sorted(tar.getnames())
                        if "/data_batch_" in name]               # label, then three planes of pixels
         records = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, 1 + 3072)
-        arrays = {chosen: records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1),
+        arrays = {chosen: records[:, 1:].reshape(-1, 3, 32, 32),
                   "labels": np.array(CIFAR10_CLASSES)[records[:, 0]]}
     else:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         arrays = dict(loaded) if path.suffix == ".npz" else {"": loaded}
     found = [k for k, a in arrays.items() if a.dtype == np.uint8 and a.size and (
-        a.ndim == 3 and a.shape[2] > 4 or a.ndim == 4 and a.shape[3] in (1, 3))]
+        a.ndim == 3 and a.shape[2] > 4 or a.ndim == 4 and {1, 3} & {a.shape[1], a.shape[3]})]
     chosen = chosen or (found[0] if len(found) == 1 else None)
     if chosen not in found:
         held = ", ".join(f"{k} {a.dtype} {list(a.shape)}".lstrip() for k, a in arrays.items())
         raise UserError(f"{path} holds {held}: images are uint8 [N, H, W], or [N, H, W, C] of 1 or "
                         f"3 channels; of several give one, as {path}:x")
     x = arrays[chosen]
+    x = x.transpose(0, 2, 3, 1) if x.ndim == 4 and x.shape[3] not in (1, 3) else x
     x = x[..., 0] if x.shape[3:] == (1,) else x                 # [N, H, W] or [N, H, W, 3]
     entries = [(f"{i:09d}", partial(x.__getitem__, i)) for i in range(len(x))]
     labels = [a for a in arrays.values()

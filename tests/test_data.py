@@ -118,7 +118,7 @@ def test_the_same_images_in_every_format_are_the_same_set(tmp_path):
     order = sorted(files)
     images, labels = np.stack([files[n] for n in order]), ["abc".index(n[0]) for n in order]
     np.save(tmp_path / "x.npy", images)
-    np.savez(tmp_path / "x.npz", images=images, labels=labels)
+    np.savez(tmp_path / "x.npz", images=images.transpose(0, 3, 1, 2), labels=labels)
     windows = {name.replace("/", "\\"): image for name, image in mixed.items()}
     sets = [as_folder(tmp_path / "x", files), as_zip(tmp_path / "x.zip", mixed),
             as_folder(tmp_path / "around", {f"x/{n}": image for n, image in files.items()}),
@@ -261,6 +261,7 @@ def test_arrays_are_read_with_their_labels_and_named(tmp_path, monkeypatch):
     y = np.array([0, 1, 0, 2, 0, 1])
     sets = {"guided": dict(arr_0=x, arr_1=y), "mnist": dict(x_train=grey, y_train=y, y_test=y[:4]),
             "medmnist": dict(train_images=x, train_labels=y[:, None].astype(np.uint8)),
+            "planes": dict(images=x.transpose(0, 3, 1, 2), labels=y),
             "named": dict(x=x[..., :1], y=np.array(["a", "b", "a", "c", "a", "b"]))}
     for name, arrays in sets.items():
         np.savez(f"{name}.npz", **arrays)
@@ -282,8 +283,7 @@ def test_arrays_are_read_with_their_labels_and_named(tmp_path, monkeypatch):
     np.savez("three.npz", x=x, y=y, z=y)
     assert load("three.npz").no_classes == "2 of its arrays could be its labels"
     for name, array in (("float", x / 255.), ("int", x.astype(np.int64)), ("one", x[0]),
-                        ("rgba", np.concatenate([x, x[..., :1]], 3)),
-                        ("planes", x.transpose(0, 3, 1, 2)), ("none", x[:0])):
+                        ("rgba", np.concatenate([x, x[..., :1]], 3)), ("none", x[:0])):
         np.save(f"{name}.npy", array)
         with pytest.raises(UserError, match=rf"{name}.npy holds {array.dtype} \[.*s are uint8"):
             load(f"{name}.npy")
