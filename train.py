@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import augment, load, resident, shuffled, take
+from data import augment, load, shuffled, take
 from degrade import AnyBNR, ConstantBNR, check_path, make_path, time_of
 from loss import disentangled_loss
 from model import PARAMETERIZATIONS, SIGMA_DATA, build, start_from
@@ -59,7 +59,7 @@ def options(argv=None):
                            " than cifar10 take --preset tiny.")
     a = p.add_argument
     a("--data", default="leaves",
-      help="leaves, cifar10, or a folder, zip or tar of images (default leaves)")
+      help="leaves, cifar10, or a folder, zip, .npy or .npz of images (default leaves)")
     path = p.add_mutually_exclusive_group().add_argument
     path("--bnr", type=bnr,
          help="blur-to-noise ratio, pixels of blur for a unit of noise; 0 is EDM, inf is blur "
@@ -204,7 +204,7 @@ def loop(args, run, data, path, net, ema, optimizer, seen, signals):
     bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda" \
         and torch.cuda.is_bf16_supported(including_emulation=False)
     total = math.ceil(round(args.duration * 1000, 6) / args.batch) * args.batch
-    images = resident(data.images, device)
+    images = data.images
     if args.compile or args.compile is None and device.type == "cuda":
         compile_or_warn(net.unet, args.compile)
     shared = DistributedDataParallel(net) if world_size() > 1 else net

@@ -159,11 +159,11 @@ def to_uint8(x):
     return (127.5 * x + 128).clamp(0, 255).byte()
 
 
-def open_upright(file, bits=16):
+def open_upright(file):
     """An image file -> a PIL image of mode L (grey) or RGB: rotated as its EXIF says, transparent
-    parts on white, 16-bit grey reduced from this number of bits to 8. In its info: "stack", whether
-    it has more pages, and "deep", the largest value of 16-bit grey. Raises ValueError where the
-    range of values is unknown."""
+    parts on white, the upper 8 bits of 16-bit grey. In its info: "stack", whether it has more
+    pages, and "deep", the largest value of 16-bit grey. Raises ValueError where the range of values
+    is unknown."""
     try:
         image = Image.open(file)
     except UnidentifiedImageError:                              # which names an object in memory
@@ -180,8 +180,7 @@ def open_upright(file, bits=16):
         deep = np.asarray(image)
         if format != "PPM":                                     # which declares its largest value
             info["deep"] = int(deep.max())
-        shift = bits - 8 if "deep" in info else 8
-        image = Image.fromarray((deep >> shift).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((deep >> 8).clip(0, 255).astype(np.uint8))
     grey = image.mode in ("1", "L", "LA")
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data import Images, augment, resident
+from data import Images, augment
 from degrade import degrade
 from loss import disentangled_loss
 from sample import sample
@@ -91,7 +91,7 @@ def prepared(args, data):
     return SimpleNamespace(
         args=args, device=device, path=path, sampling=train.sampled_along(path), net=net, seen=0,
         config=config, ema=copy.deepcopy(net).eval().requires_grad_(False), optimizer=optimizer,
-        images=resident(data.images, device), labels=data.labels, micro=micro,
+        images=data.images, labels=data.labels, micro=micro,
         shape=list(data.images.shape[1:]), weights=list(net.parameters()),
         bf16=args.precision != "fp32" and device.type == "cuda"
         and torch.cuda.is_bf16_supported(including_emulation=False))

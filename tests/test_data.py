@@ -4,7 +4,6 @@ import io
 import json
 import math
 import os
-import pickle
 import tarfile
 import threading
 import zipfile
@@ -62,10 +61,11 @@ def test_leaves_are_made_once_and_kept(tmp_path, monkeypatch):
         made.append(1)
         return leaves(n, resolution, discs=len(made))
     monkeypatch.setattr(data, "leaves", counted)
+    monkeypatch.setattr(data, "KEEP_FROM", 1)
     first = load("leaves", 4, tmp_path)
     assert first.images.shape == (16384, 3, 4, 4)
     assert torch.equal(load("leaves", 4, tmp_path).images, first.images) and len(made) == 1
-    kept = tmp_path / "leaves-4.npy"
+    kept = tmp_path / "leaves-4.pt"
     kept.write_bytes(kept.read_bytes()[:1000])                  # an incomplete file is made again
     assert load("leaves", 4, tmp_path).images.shape == first.images.shape and len(made) == 2
 
@@ -110,14 +110,6 @@ def as_zip(path, files):
     return path
 
 
-def as_tar(path, files):
-    mode = path.suffix[1:].replace("tar", "")
-    with tarfile.open(path, f"w:{mode}") as t:
-        for name, content in files.items():
-            add_to_tar(t, name, content if isinstance(content, bytes) else png(content))
-    return path
-
-
 def test_the_same_images_in_every_format_are_the_same_set(tmp_path):
     """Whatever the order in the archive, and whether a folder lies around it."""
     x = np.random.RandomState(0).randint(0, 256, (30, 6, 6, 3), dtype=np.uint8)
@@ -130,9 +122,7 @@ def test_the_same_images_in_every_format_are_the_same_set(tmp_path):
     windows = {name.replace("/", "\\"): image for name, image in mixed.items()}
     sets = [as_folder(tmp_path / "x", files), as_zip(tmp_path / "x.zip", mixed),
             as_folder(tmp_path / "around", {f"x/{n}": image for n, image in files.items()}),
-            as_zip(tmp_path / "windows.zip", windows), tmp_path / "x.npz",
-            *(as_tar(tmp_path / f"x.{kind}", {f"./{n}": image for n, image in mixed.items()})
-              for kind in ("tar", "gz", "bz2", "xz"))]
+            as_zip(tmp_path / "windows.zip", windows), tmp_path / "x.npz"]
     found = [load(str(path)) for path in sets]
     for d in found:
         assert np.array_equal(d.images.numpy(), images.transpose(0, 3, 1, 2))
@@ -162,8 +152,7 @@ def plain(*names):
     ("set/1 set/dog/2 set/cat/3", "1 of 3 images lie in no folder of a class")])
 def test_a_class_is_the_first_folder_in_which_the_paths_differ(names, classes, tmp_path):
     files = plain(*names.split())
-    archives = as_zip(tmp_path / "a.zip", files), as_tar(tmp_path / "a.tar", files)
-    for path in (as_folder(tmp_path / "a", files), *archives):
+    for path in (as_folder(tmp_path / "a", files), as_zip(tmp_path / "a.zip", files)):
         d = load(path)
         if d.no_classes:
             assert classes in d.no_classes and d.classes == ["all"] and not d.labels.any()
@@ -188,8 +177,8 @@ LABELS = {"00000/a.png": 1, "00000/b.png": 0, "00001/c.png": 1}
     ({**LABELS, "gone.png": 5}, ""), ({k: "xy"[v] for k, v in LABELS.items()}, ""),
     (None, "dataset.json has no label for 3 of 3 images"), ("absent", "no label for 3 of 3 images"),
     ({"00000/a.png": 1}, "no label for 2 of 3 images"),
-    ({k: v / 2 for k, v in LABELS.items()}, "its labels are neither whole numbers nor names"),
-    ({k: [v, 1] for k, v in LABELS.items()}, "neither whole"), ([1, 2], "cannot be read (TypeE"),
+    ({k: v / 2 for k, v in LABELS.items()}, "the labels in dataset.json are neither whole numbers"),
+    ({k: [v, 1] for k, v in LABELS.items()}, "neither whole"),
     ({k: {} for k in LABELS}, "neither whole"), ({k: True for k in LABELS}, "neither whole")])
 def test_edms_labels_are_in_dataset_json(labels, words, tmp_path):
     """And not in the names of its folders, in every container, also in a folder around all."""
@@ -199,20 +188,21 @@ def test_edms_labels_are_in_dataset_json(labels, words, tmp_path):
         files = {f"{around}{n}": noise(4, 4, seed=i) for i, n in enumerate(LABELS)}
         files[f"{around}dataset.json"] = json.dumps(table).encode()
         root = tmp_path / ("around" if around else "alone")
-        for path in (as_folder(root / "a", files), as_zip(root / "a.zip", files),
-                     as_tar(root / "a.tar", files)):
+        for path in (as_folder(root / "a", files), as_zip(root / "a.zip", files)):
             d = load(path)
             if words:
-                assert words in d.no_classes and d.classes == ["all"]
+                assert words in d.no_classes.replace(around, "") and d.classes == ["all"]
                 continue
             values = {int(c) if c.isdigit() else "xy".index(c): i for i, c in enumerate(d.classes)}
             zero, one = (values[v] for v in (0, 1))
             assert d.labels.tolist() == [one, zero, one]
 
 
-def test_a_broken_dataset_json_and_one_without_a_label_are_one_line(tmp_path):
-    folder = as_folder(tmp_path / "a", {**plain("0/a", "1/b"), "dataset.json": b"{"})
-    assert load(folder).no_classes == "dataset.json cannot be read (JSONDecodeError)"
+@pytest.mark.parametrize("table", [b"{", b'{"labels": [1, 2]}', b"[]"])
+def test_a_broken_dataset_json_is_one_line(table, tmp_path):
+    folder = as_folder(tmp_path / "a", {**plain("0/a", "1/b"), "dataset.json": table})
+    with pytest.raises(UserError, match="a cannot be read .(JSON|Type|Attrib).*: give"):
+        load(folder)
 
 
 def test_what_others_leave_behind_is_left_out_and_counted_in_one_line(tmp_path, capsys):
@@ -223,9 +213,8 @@ def test_what_others_leave_behind_is_left_out_and_counted_in_one_line(tmp_path, 
         d = load(path)
         assert d.classes == ["blue", "red"] and len(d.images) == 2
         line, = [n for n in capsys.readouterr().err.splitlines() if "not read" in n]
-        assert line.startswith(f"{path}: not read: 4 hidden or of a file manager, ")
-        for words in ("1 .heic", "1 without an extension", "1 .txt", "1 .db"):
-            assert words in line
+        assert line.startswith(f"{path}: files that are not read: 8, as ")
+        assert line.rsplit(" as ", 1)[1] in files
 
 
 def test_every_extension_that_pillow_reads_is_read(tmp_path):
@@ -244,15 +233,14 @@ def test_only_the_first_page_of_several_is_read_in_one_line(name, tmp_path, caps
     assert f"only the first page is read of 1 with several, as {name}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bits", [8, 9, 10, 12, 14, 15, 16])
-def test_16_bit_images_are_read_by_the_range_of_the_set(bits, tmp_path, capsys):
+@pytest.mark.parametrize("bits", [9, 12, 15, 16])
+def test_16_bit_images_that_use_few_of_their_bits_are_one_line(bits, tmp_path, capsys):
     ramp = np.linspace(0, 2 ** bits - 1, 256).astype(np.uint16).reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / "a.png")
     Image.fromarray(ramp // 4).save(tmp_path / "b.tif")         # a dark one stays darker
     x = load(tmp_path).images
-    assert np.array_equal(x[0, 0].numpy(), ramp >> (bits - 8)) and x[0].min() == 0
-    assert np.array_equal(x[1, 0].numpy(), ramp // 4 >> (bits - 8)) and x[0].max() == 255
-    said = f"use 1/{2 ** (16 - bits)} of their range: they are read as {bits}-bit ones"
+    assert np.array_equal(x[:, 0].numpy(), [ramp >> 8, ramp // 4 >> 8])
+    said = f"use 1/{2 ** (16 - bits)} of their range: convert to 8 bits"
     assert (said in capsys.readouterr().err) == (bits < 16)
 
 
@@ -277,29 +265,30 @@ def test_arrays_are_read_with_their_labels_and_named(tmp_path, monkeypatch):
             "named": dict(x=x[..., :1], y=np.array(["a", "b", "a", "c", "a", "b"]))}
     for name, arrays in sets.items():
         np.savez(f"{name}.npz", **arrays)
-        d, first = load(f"{name}.npz"), next(iter(arrays))
-        assert d.name == f"{name}.npz:{first}" and d.labels.tolist() == y.tolist()
+        d = load(f"{name}.npz")
+        assert d.name == f"{name}.npz" and d.labels.tolist() == y.tolist()
         assert d.classes == (list("abc") if name == "named" else list("012"))
     assert load("mnist.npz").images.shape == (6, 1, 28, 28)
     small = load("mnist.npz", 14).images[3, 0]
     lanczos = Image.fromarray(grey[3]).resize((14, 14), Image.Resampling.LANCZOS)
     assert np.array_equal(small, lanczos)
 
-    np.savez("two.npz", x_test=x[:4], x_train=x, y_test=y[:4], y_train=y, other=y)
+    np.savez("two.npz", x_test=x[:4], x_train=x, y_test=y[:4], y_train=y)
     with pytest.raises(UserError, match=r"two.npz holds x_test uint8 \[4, 8, 8, 3\], x_train uint8 "
-                                        r"\[6, .* give one, as two.npz:x_test"):
+                                        r"\[6, .* give one, as two.npz:x"):
         load("two.npz")
     assert load("two.npz:x_test").labels.tolist() == [0, 1, 0, 2]
+    assert load("two.npz:x_train").name == "two.npz:x_train"
     assert load("two.npz:x_train").labels.tolist() == y.tolist()
     np.savez("three.npz", x=x, y=y, z=y)
-    assert load("three.npz").no_classes == "y and z could be its labels"
+    assert load("three.npz").no_classes == "2 of its arrays could be its labels"
     for name, array in (("float", x / 255.), ("int", x.astype(np.int64)), ("one", x[0]),
                         ("rgba", np.concatenate([x, x[..., :1]], 3)), ("none", x[:0])):
         np.save(f"{name}.npy", array)
         with pytest.raises(UserError, match=rf"{name}.npy holds {array.dtype} \[.*s are uint8"):
             load(f"{name}.npy")
     np.save("object.npy", np.array([{}]))
-    with pytest.raises(UserError, match="object.npy is not .* that can be read"):
+    with pytest.raises(UserError, match="object.npy cannot be read .ValueError: .*give"):
         load("object.npy")
 
 
@@ -424,7 +413,7 @@ def test_32_bit_images_are_skipped_with_the_reason(dtype, mode, tmp_path, capsys
     Image.fromarray(np.arange(64, dtype=dtype).reshape(8, 8)).save(tmp_path / "scan.tif")
     assert Image.open(tmp_path / "scan.tif").mode == mode
     d, name = load(tmp_path), "scan.tif"
-    assert np.array_equal(d.images[:, 0].numpy(), [deep // 256]) and d.skipped == [name]
+    assert np.array_equal(d.images[:, 0].numpy(), [deep // 256]) and d.skipped == 1
     assert f"skipped {name}: 32-bit and float images have no" in capsys.readouterr().err
 
 
@@ -436,7 +425,7 @@ def test_images_are_written_in_the_format_of_their_extension(tmp_path):
 def test_a_broken_file_is_named_skipped_and_counted(tmp_path, files, capsys):
     files["a/0.png"] = png(noise(8, 8))[:60]
     d = load(as_folder(tmp_path, files))
-    assert len(d.images) == 3 and d.skipped == ["a/0.png"] and d.facts()["skipped"] == 1
+    assert len(d.images) == 3 and d.facts()["skipped"] == 1
     printed = capsys.readouterr().err
     assert "skipped a/0.png" in printed and "1 of 4 images skipped" in printed
 
@@ -447,41 +436,12 @@ def test_what_contains_no_images_is_an_error(tmp_path):
     (tmp_path / "empty").mkdir()
     as_folder(tmp_path / "text", {"a.txt": b""})
     for name, words in (("no", "does not exist"),
-                        ("empty", r"empty contains no image that can be read$"),
-                        ("text.zip", "is not a folder, zip, tar"),
-                        ("text", r"text contains no image that can be read \(1 .txt\)"),
-                        ("one.png", "one.png is one image: give the folder that contains it")):
+                        ("empty", r"empty contains no image that can be read; give leaves"),
+                        ("text.zip", "text.zip cannot be read .BadZipFile.*: give leaves, cifar10"),
+                        ("text", "text contains no image .*; files that are not read: 1, as a.txt"),
+                        ("one.png", "one.png cannot be read .* give .* a folder")):
         with pytest.raises(UserError, match=words):
             load(tmp_path / name)
-
-
-def test_damaged_archives_are_one_line(tmp_path):
-    """Every kind of damage for which a seeded fuzz once found another end, and more of each."""
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as z:
-        z.writestr("a.png", png(noise(4, 4)))
-    for mode in ("gz", "xz", "bz2", ""):
-        with tarfile.open(tmp_path / f"a.tar{mode}", f"w:{mode}") as t:
-            for i in range(40):
-                add_to_tar(t, f"{i}.png", png(noise(16, 16, seed=i)))
-    ends = {"ok": 0, "refused": 0}
-    for whole in sorted(tmp_path.iterdir()):
-        r = np.random.RandomState(0)
-        for i in range(40):
-            b = bytearray(whole.read_bytes())
-            if i % 2:
-                b = b[:1 + r.randint(len(b) - 1)]
-            for _ in range(4):
-                b[r.randint(len(b))] = r.randint(256)
-            damaged = tmp_path / "damaged"
-            damaged.write_bytes(b)
-            try:
-                load(damaged)
-                ends["ok"] += 1
-            except UserError as e:
-                assert "\n" not in str(e)
-                ends["refused"] += 1
-        damaged.unlink()
-    assert min(ends.values()) > 20
 
 
 def test_a_zip_of_a_later_version_is_one_line(tmp_path):
@@ -490,7 +450,7 @@ def test_a_zip_of_a_later_version_is_one_line(tmp_path):
     b = bytearray((tmp_path / "a.zip").read_bytes())
     b[b.index(b"PK\x01\x02") + 6] = 208                         # the version needed to unpack it
     (tmp_path / "a.zip").write_bytes(b)
-    with pytest.raises(UserError, match="is not a folder, zip, tar, .* that can be read"):
+    with pytest.raises(UserError, match="a.zip cannot be read .NotImplementedError"):
         load(tmp_path / "a.zip")
 
 
@@ -499,69 +459,29 @@ def test_an_image_beyond_pillows_limit_is_skipped(tmp_path, monkeypatch):
     folder = as_folder(tmp_path, {"a.png": noise(10, 10), "b.png": noise(10, 11)})
     with pytest.warns(Image.DecompressionBombWarning):
         d = load(folder)
-    assert len(d.images) == 1 and d.skipped == ["b.png"]
+    assert len(d.images) == 1 and d.skipped == 1
 
 
-def test_a_sparse_file_in_a_tar_is_bounded(tmp_path):
-    """512 bytes that say: an image of 4 GiB without any data."""
-    header = bytearray(tarfile.TarInfo("a.png").tobuf(tarfile.GNU_FORMAT))
-    header[156:157] = tarfile.GNUTYPE_SPARSE
-    header[483:495] = tarfile.itn(2 ** 32, 12, tarfile.GNU_FORMAT)              # the unpacked size
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)                                  # the checksum
-    (tmp_path / "a.tar").write_bytes(header + bytes(1024))
-    with tarfile.open(tmp_path / "a.tar") as t:
-        assert t.getmembers()[0].size == 2 ** 32
-    with pytest.raises(UserError, match="unpacks to 4.0 GiB"):
-        load(tmp_path / "a.tar")
+def test_names_that_lead_outside_an_archive_are_left_out(tmp_path, capsys):
+    files = {name: noise(4, 4) for name in ("in.png", "../out.png", "a/../../out.png", "..\\o.png")}
+    assert len(load(as_zip(tmp_path / "a.zip", files)).images) == 1
+    assert "files that are not read: 3, as ../out.png" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["../out.png", "/out.png", "a/../../out.png", "..\\out.png"])
-def test_an_archive_that_reaches_outside_is_refused(tmp_path, name):
-    with zipfile.ZipFile(tmp_path / "s.zip", "w") as z, tarfile.open(tmp_path / "s.tar", "w") as t:
-        z.writestr(name, png(noise(4, 4)))
-        add_to_tar(t, name, png(noise(4, 4)))
-    for path in ("s.zip", "s.tar"):
-        with pytest.raises(UserError, match="outside its folder"):
-            load(tmp_path / path)
-
-
-def test_a_tar_that_is_cut_short_is_not_taken_for_whole(tmp_path):
-    """Cut anywhere before the zeros at its end, also between two files."""
-    whole, part = tmp_path / "whole.tar", tmp_path / "part.tar"
-    with tarfile.open(whole, "w") as t:
-        for i in range(3):
-            add_to_tar(t, f"{i}.png", png(noise(4, 4, seed=i)))
-        end = t.offset
-    assert len(load(whole).images) == 3
-    for size in (*range(512, end + 1, 512), end - 100, end + 100):
-        part.write_bytes(whole.read_bytes()[:size])
-        with pytest.raises(UserError, match="cut short or damaged|not a folder, zip, tar"):
-            load(part)
-
-
-def test_links_in_a_folder_are_followed_once_and_what_cannot_be_read_is_named(tmp_path, files,
-                                                                             monkeypatch, capsys):
+def test_links_in_a_folder_are_followed_and_what_cannot_be_read_is_named(tmp_path, files, capsys):
     as_folder(tmp_path / "far", {"x.png": noise(8, 8, seed=3)})
-    folder = as_folder(tmp_path / "set", {**files, "shut/4.png": noise(8, 8)})
+    folder = as_folder(tmp_path / "set", files)
     (folder / "c").symlink_to(tmp_path / "far")
-    (folder / "again").symlink_to(folder)                       # a circle
+    (folder / "a/again").symlink_to(folder)                     # a circle
     (folder / "a/gone.png").symlink_to("nowhere")
     (folder / "b/link.png").symlink_to(folder / "a/1.png")
     os.mkfifo(folder / "a/pipe.png")
-
-    def scandir(path, original=os.scandir):
-        if str(path).endswith("shut"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return original(path)
-    monkeypatch.setattr(os, "scandir", scandir)
     d = load(folder)
     assert d.classes == ["a", "b", "c"] and d.labels.tolist() == [0, 0, 1, 1, 2]
     assert np.array_equal(hwc(d.images[4]), noise(8, 8, seed=3))
-    assert d.skipped == ["a/gone.png", "a/pipe.png"]
     printed = capsys.readouterr().err
-    for words in ("gone.png: [Errno 2]", "pipe.png is a device", "shut: Permission denied",
-                  "set/again is a link to a folder that is read already", "2 of 7 images skipped"):
+    for words in ("gone.png is not read: it is no file", "pipe.png is not read",
+                  "set/a/again is not read: it is a link to a folder around it"):
         assert words in printed
 
 
@@ -571,8 +491,7 @@ def test_many_images_are_decoded_once_and_mapped(tmp_path, files, monkeypatch):
     assert not (tmp_path / "data").exists()                     # too few to be worth a file
     monkeypatch.setattr(data, "KEEP_FROM", 8 * 8 * 2)
     first = load(tmp_path / "set", None, tmp_path / "data")
-    kept, = (tmp_path / "data").glob("*.npy")
-    assert np.array_equal(np.load(kept)[:5], whole.images.numpy())
+    kept, = (tmp_path / "data").iterdir()
     small = load(tmp_path / "set", 4, tmp_path / "data").images
     assert small.shape == (5, 3, 4, 4)                          # another resolution, another file
     with monkeypatch.context() as m:
@@ -580,9 +499,9 @@ def test_many_images_are_decoded_once_and_mapped(tmp_path, files, monkeypatch):
         again = load(tmp_path / "set", None, tmp_path / "data")
     for d in (first, again):
         assert torch.equal(d.images, whole.images) and d.facts() == whole.facts()
-        assert d.labels.tolist() == whole.labels.tolist() and d.skipped == ["c/9.png"]
+        assert d.labels.tolist() == whole.labels.tolist() and d.skipped == 1
     again.images[0] = 0                                         # a change stays in this process
-    assert np.array_equal(np.load(kept)[:5], whole.images.numpy())
+    assert torch.equal(load(tmp_path / "set", None, tmp_path / "data").images, whole.images)
     (tmp_path / "set/a/1.png").write_bytes(png(noise(8, 8, seed=7)))
     changed = load(tmp_path / "set", None, tmp_path / "data").images
     assert np.array_equal(hwc(changed[1]), noise(8, 8, seed=7))
@@ -596,8 +515,8 @@ def test_many_images_are_decoded_once_and_mapped(tmp_path, files, monkeypatch):
 def test_what_is_kept_is_used_for_the_very_same_files_only(tmp_path, files, monkeypatch):
     """Other images of equal names, sizes and times, as another unpacking leaves them."""
     monkeypatch.setattr(data, "KEEP_FROM", 1)
-    for i, make in enumerate((as_folder, as_zip, as_tar)):
-        path = tmp_path / f"set{i}{['', '.zip', '.tar'][i]}"
+    for i, make in enumerate((as_folder, as_zip)):
+        path = tmp_path / f"set{i}{['', '.zip'][i]}"
         made = []
         for seed in range(2):
             raw = {f"{k}.bmp": io.BytesIO() for k in "ab"}
@@ -617,25 +536,26 @@ def test_what_is_kept_is_used_for_the_very_same_files_only(tmp_path, files, monk
 
 
 def test_where_nothing_can_be_kept_images_stay_in_memory(tmp_path, files, monkeypatch, capsys):
-    """Also where the disk is full: then a mapped file would end the process."""
+    """Also where the disk is full, for which torch.save has an error of its own."""
     monkeypatch.setattr(data, "KEEP_FROM", 1)
     folder, kept = as_folder(tmp_path / "set", files), tmp_path / "data"
     whole = load(folder, None, kept, keep=False).images
     assert not kept.exists() and whole.shape == (3, 3, 8, 8)
 
-    def full(*args):
-        raise OSError(28, "No space left on device")
-    with monkeypatch.context() as m:
-        m.setattr(os, "posix_fallocate", full)
-        assert torch.equal(load(folder, None, kept).images, whole)
-        assert not list(kept.iterdir())
+    for error in (OSError(28, "No space left on device"), RuntimeError("unexpected pos 704")):
+        def full(*args, error=error):
+            raise error
+        with monkeypatch.context() as m:
+            m.setattr(torch, "save", full)
+            assert torch.equal(load(folder, None, kept).images, whole)
+            assert not list(kept.iterdir())
     (tmp_path / "file").write_text("not a folder")
     assert torch.equal(load(folder, None, tmp_path / "file").images, whole)
     monkeypatch.setattr(data, "leaves", lambda n, resolution: whole)
     assert torch.equal(load("leaves", 8, tmp_path / "file").images, whole)
     printed = capsys.readouterr().err
-    assert "cannot be kept in" in printed and "No space left" in printed
-    assert "leaves-8.npy could not be written" in printed
+    for words in ("No space left", "unexpected pos", "leaves-8.pt could not be written"):
+        assert words in printed
 
 
 def test_names_are_printed_without_their_control_characters(tmp_path, files, capsys):
@@ -689,27 +609,12 @@ def test_a_download_that_breaks_is_one_line_and_leaves_nothing(tmp_path, monkeyp
         assert not list(tmp_path.iterdir())
 
 
-def test_two_programs_may_decode_the_same_folder_at_once(tmp_path, files, monkeypatch):
-    monkeypatch.setattr(data, "KEEP_FROM", 8 * 8 * 2)
-    folder = as_folder(tmp_path / "set", files)
-    whole = load(folder, None, tmp_path / "elsewhere").images.clone()
-    started = iter([True])
-
-    def decoded(*args, original=data.decoded):
-        pairs = list(original(*args))
-        yield pairs[0]
-        yield pairs[1]
-        if next(started, False):                                # the other one comes and fails
-            with pytest.raises(KeyboardInterrupt):
-                load_and_stop()
-        yield from pairs[2:]
-
-    def load_and_stop():
-        load(folder, None, tmp_path / "data")
-        raise KeyboardInterrupt
-    monkeypatch.setattr(data, "decoded", decoded)
-    assert torch.equal(load(folder, None, tmp_path / "data").images, whole)
-    assert torch.equal(load(folder, None, tmp_path / "data").images, whole)
+def test_two_programs_may_decode_the_same_images_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "KEEP_FROM", 1)
+    path, x = tmp_path / "data/x.pt", torch.arange(9)
+    found = data.kept(path, lambda: data.kept(path, lambda: {"images": x}))
+    assert torch.equal(found["images"], x)
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_cifar10_is_fetched_once_and_checked(tmp_path, monkeypatch, server):
@@ -740,35 +645,11 @@ def test_cifar10_is_fetched_once_and_checked(tmp_path, monkeypatch, server):
     assert not kept.exists()
 
 
-@pytest.mark.parametrize("kind", ["bin", "py2", "py3"])
-def test_cifar10_as_others_leave_it(kind, tmp_path):
-    """The binary or the Python batches, in an archive or unpacked; the test batch is left out."""
-    _, images, labels = cifar_archive()
-    files = {"cifar-10/readme.html": b"x"}
-    for i in range(5):
-        x, y = images[10 * i:10 * i + 10].reshape(10, 3072), labels[10 * i:10 * i + 10].tolist()
-        name = f"cifar-10/data_batch_{i + 1}"
-        if kind == "bin":
-            files[f"{name}.bin"] = b"".join(bytes([v]) + p.tobytes() for v, p in zip(y, x))
-        else:
-            batch = {"batch_label": "b", "labels": y, "data": x, "filenames": ["a.png"] * 10}
-            files[name] = pickle.dumps(batch, 2 if kind == "py2" else 4)
-            if kind == "py2":                                   # its name in the published files
-                files[name] = files[name].replace(b"numpy._core", b"numpy.core")
-    files["cifar-10/test_batch"] = files[name] if kind != "bin" else b"x"
-    for path in (as_folder(tmp_path / "set", files), as_tar(tmp_path / "set.gz", files),
-                 tmp_path / "set/cifar-10"):
-        d = load(path)
-        assert np.array_equal(d.images.numpy(), images) and d.labels.tolist() == labels.tolist()
-        assert d.classes == data.CIFAR10_CLASSES and load(path, 8).images.shape == (50, 3, 8, 8)
-
-
-def test_a_cifar10_that_would_run_code_is_refused(tmp_path):
-    evil = b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR."
-    folder = as_folder(tmp_path / "set", {"data_batch_1": evil})
-    with pytest.raises(UserError, match="'os.system', which is not needed"):
+def test_cifar10_for_python_is_one_line_that_says_what_to_give(tmp_path):
+    """Its files are pickles, which could run code."""
+    folder = as_folder(tmp_path / "set", {"data_batch_1": b"x", "batches.meta": b"x"})
+    with pytest.raises(UserError, match="set contains no image .* as batches.meta; give .*cifar10"):
         load(folder)
-    assert not (tmp_path / "ran").exists()
 
 
 def test_cifar10_offline_says_where_to_get_it_and_where_to_put_it(tmp_path, monkeypatch):

@@ -432,7 +432,7 @@ def test_the_array_of_an_npz_is_named(folder, tmp_path, monkeypatch, capsys):
     small_net(monkeypatch)
     np.savez("x.npz", train=pixels_of(folder), labels=np.arange(6))
     out = run(monkeypatch, capsys, tmp_path / "x.npz", "--ref", folder).out
-    assert f"6 images of {tmp_path}/x.npz:train at 16 x 16 against" in out
+    assert f"6 images of {tmp_path}/x.npz at 16 x 16 against" in out
 
 
 def test_data_that_cannot_be_written_costs_nothing(folder, tmp_path, monkeypatch, capsys):
@@ -515,8 +515,8 @@ def test_what_cannot_be_scored_is_one_line(folder, weights, tmp_path, monkeypatc
         ([folder, "--ref", "none"], "does not exist"),
         (["none.npy", "--ref", folder], "does not exist"),
         (["none.npz", "--ref", folder], "does not exist"),
-        (["notes.txt", "--ref", folder], "notes.txt is not a folder, zip"),
-        ([folder, "--ref", "notes.txt"], "notes.txt is not a folder, zip"),
+        (["notes.txt", "--ref", folder], "notes.txt cannot be read"),
+        ([folder, "--ref", "notes.txt"], "notes.txt cannot be read"),
         ([folder / "0.png", "--ref", folder], "is one image"),
         (["broken.npz", "--ref", folder], "cannot be read"),
         (["floats.npy", "--ref", folder], "floats.npy holds float64"),
