@@ -38,7 +38,7 @@ TABLES = re.compile(r"dataset\.json|metadata\.(csv|jsonl|parquet)")
 SPLIT = re.compile("(train(ing)?|val(id|idation)?|dev|test(ing)?|eval)[0-9]*[AB]?", re.IGNORECASE)
 UNPACK_LIMIT = 2 ** 29                          # bytes that every archive may unpack to
 KEEP_FROM = 2 ** 21                             # bytes of images that are worth a file
-GIVE = "give leaves, cifar10, or a folder, zip, .npy or .npz of images"
+GIVE = "give leaves, cifar10, or a folder, zip, tar, .npy or .npz of images"
 
 
 @dataclass
@@ -102,7 +102,7 @@ def load(spec, resolution=None, folder="data", keep=True):
     """The data set that spec names, as uint8 Images. Raises UserError.
 
     spec: "leaves" (made here), "cifar10" (the 50,000 training images, fetched once into folder),
-    the path of a folder, zip or .npy of images, or "a.npz:x" for the array x in a.npz.
+    the path of a folder, zip, tar or .npy of images, or "a.npz:x" for the array x in a.npz.
     resolution: centre-crop and resize to this many pixels a side; None: keep the size.
     keep: many images are decoded once, kept in folder until their files change, and mapped into
     memory: the processes of a machine share them.
@@ -267,16 +267,13 @@ def read(path, paths, array, resolution):
     Files that cannot be read are named on stderr. Raises UserError."""
     try:
         if zipfile.is_zipfile(path):                            # as an .npz is
-            size = sum(info.file_size for info in zipfile.ZipFile(path).infolist())
-            if size > UNPACK_LIMIT + 100 * path.stat().st_size:
-                raise UserError(f"{path} is refused: it unpacks to {size / 2 ** 30:.1f} GiB, more "
-                                "than 100 times its size; if you trust it, save it uncompressed")
+            bounded(path, sum(info.file_size for info in zipfile.ZipFile(path).infolist()))
         entries, values, said = array_source(path, array) \
             if array or path.suffix in (".npy", ".npz") else file_source(path, paths)
     except UserError:
         raise
-    except Exception as e:                                      # zip, json and NumPy differ
-        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+    except Exception as e:                                      # zip, tar, json and NumPy differ
+        reason = f"{type(e).__name__}: {str(e).split(':')[0]}"
         raise UserError(f"{path} cannot be read ({reason}): {GIVE}") from None
     images, infos, channels = None, {}, 1
     with ThreadPoolExecutor() as pool:
@@ -329,13 +326,15 @@ def decode(resolution, entry):
 # content; {name: class}, or a string, why there are no classes; lines to say about it
 
 def file_source(path, paths):
-    """A folder or a zip. The zip may be hostile: it is read, never unpacked to disk."""
+    """A folder, zip or tar. Archives may be hostile: they are read, never unpacked to disk."""
     if path.is_dir():
         members = {name: file.read_bytes for name, file in paths.items()}
-    else:
+    elif zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)
         members = {i.filename: partial(archive.read, i) for i in archive.infolist()
                    if not i.is_dir()}
+    else:
+        members = tar_members(path)
     entries, tables, left = {}, {}, []
     for name, content in members.items():
         file = PurePosixPath(name.replace("\\", "/"))           # Windows' names
@@ -354,9 +353,8 @@ def array_source(path, chosen):
     """A .npy, or of an .npz the array that is chosen, or else its only images. Their classes are in
     the only other array of as many numbers or names. And CIFAR-10's binary archive."""
     if chosen == "cifar10":
-        with tarfile.open(path) as tar:                         # five training files of records: a
-            batches = [tar.extractfile(name).read() for name in sorted(tar.getnames())
-                       if "/data_batch_" in name]               # label, then three planes of pixels
+        batches = [content() for name, content in sorted(tar_members(path).items())
+                   if "/data_batch_" in name]       # records: a label, then three planes of pixels
         records = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, 1 + 3072)
         arrays = {chosen: records[:, 1:].reshape(-1, 3, 32, 32),
                   "labels": np.array(CIFAR10_CLASSES)[records[:, 0]]}
@@ -403,6 +401,37 @@ def file_classes(names, tables):
     if "" in values:
         reasons.append(f"{values.count('')} of {len(names)} images lie in no folder of a class")
     return ", and ".join(reasons) or dict(zip(names, values))
+
+
+def tar_members(path):
+    """{name: a function that returns its content} of a tar, which is read whole: in a compressed
+    one there is no other order. Links are not followed."""
+    class Header(tarfile.TarInfo):
+        @classmethod
+        def frombuf(cls, *args):
+            header = super().frombuf(*args)
+            bounded(path, header.size)                          # before it is read
+            return header
+
+    members = {}
+    with tarfile.open(path, tarinfo=Header) as tar:
+        for member in tar:
+            bounded(path, member.offset_data + member.size)
+            if not member.isdir():
+                content = tar.extractfile(member).read() if member.isfile() else b""
+                members[member.name] = partial(bytes, content)
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(512) != bytes(512):                 # where tarfile ends without a word
+            raise UserError(f"{path} is cut short or damaged: copy it again")
+    return members
+
+
+def bounded(path, size):
+    """Raises UserError where an archive unpacks to more bytes than images do, which are compressed
+    already."""
+    if size > UNPACK_LIMIT + 100 * path.stat().st_size:
+        raise UserError(f"{path} is refused: it unpacks to {size / 2 ** 30:.1f} GiB, more than 100 "
+                        "times its size; if you trust it, save it uncompressed")
 
 
 def folder_files(folder, inside="", around=()):

@@ -59,7 +59,7 @@ def options(argv=None):
                            " than cifar10 take --preset tiny.")
     a = p.add_argument
     a("--data", default="leaves",
-      help="leaves, cifar10, or a folder, zip, .npy or .npz of images (default leaves)")
+      help="leaves, cifar10, or a folder, zip, tar, .npy or .npz of images (default leaves)")
     path = p.add_mutually_exclusive_group().add_argument
     path("--bnr", type=bnr,
          help="blur-to-noise ratio, pixels of blur for a unit of noise; 0 is EDM, inf is blur "

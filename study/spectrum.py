@@ -24,7 +24,7 @@ def options():
                            "paper argues from such spectra, but has no table of them.")
     a = p.add_argument
     a("--data", default="leaves",
-      help="leaves, cifar10, or a folder, zip, .npy or .npz of images (default leaves)")
+      help="leaves, cifar10, or a folder, zip, tar or array of images (default leaves)")
     a("--resolution", type=number(int, 2, 1024), default=32,
       help="side that images are cropped and resized to (default 32)")
     args = p.parse_args()

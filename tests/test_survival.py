@@ -1,6 +1,7 @@
 """Long runs that survive: kills, damaged and hostile files, several processes. The long versions:
 python -m pytest -m slow."""
 import contextlib
+import gzip
 import io
 import json
 import math
@@ -9,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -269,16 +271,22 @@ def test_an_error_of_several_processes_is_said(tmp_path, images):
 
 def seeds_of_fuzz(folder):
     """For each kind of file a good one and what reads it."""
-    with zipfile.ZipFile(folder / "a.zip", "w") as z:
+    with zipfile.ZipFile(folder / "a.zip", "w") as z, tarfile.open(folder / "a.tar", "w") as t, \
+            tarfile.open(folder / "a.tgz", "w:gz") as g:
         for i in range(3):
             z.writestr(f"c/{i}.png", encoded(i), zipfile.ZIP_DEFLATED)
+            for archive, kind in ((t, "png"), (g, "jpeg")):
+                member = tarfile.TarInfo(f"c/{i}.{kind}")
+                member.size = len(encoded(i, kind=kind))
+                archive.addfile(member, io.BytesIO(encoded(i, kind=kind)))
     np.savez_compressed(folder / "a.npz", mu=np.arange(12.), sigma=np.eye(12), num=3, source="x",
                         resize="tf1", weights="f")
     pixels = np.tile(np.arange(192, dtype=np.uint8), 3).reshape(3, 3, 8, 8)
     np.save(folder / "a.npy", pixels.transpose(0, 2, 3, 1))
     finish(command(folder / "run", folder / "a.zip", "--duration", 0.004))
     (folder / "run/ema.pt").rename(folder / "a.pt")
-    return {"zip": load, "npz": lambda f: read_statistics(Path(f)), "npy": load, "pt": load_model}
+    return {"zip": load, "tar": load, "tgz": load, "npz": lambda f: read_statistics(Path(f)),
+            "npy": load, "pt": load_model}
 
 
 def mutated(good, r):
@@ -314,7 +322,7 @@ def is_right(kind, answer, folder):
         return (np.asarray(answer["mu"]) == np.arange(12)).all()
     if kind == "npy":
         return answer.images.flatten().tolist() == list(range(192)) * 3
-    files = [io.BytesIO(encoded(i)) for i in range(3)]
+    files = [io.BytesIO(encoded(i, kind="jpeg" if kind == "tgz" else "png")) for i in range(3)]
     images = np.stack([np.asarray(Image.open(f)) for f in files]).transpose(0, 3, 1, 2)
     return np.array_equal(answer.images, images)
 
@@ -371,15 +379,28 @@ def test_links_in_archives_are_not_followed(tmp_path, capsys):
         link = zipfile.ZipInfo("link.png")
         link.external_attr = 0o120777 << 16
         z.writestr(link, str(secret))
-    found = load(str(tmp_path / "a.zip"))
-    assert len(found.images) == 1 and found.skipped == 1
-    assert "skipped link.png: it is not an image that can be read" in capsys.readouterr().err
+    with tarfile.open(tmp_path / "a.tar", "w") as t:
+        t.add(secret, "good.png")
+        for kind, target in ((tarfile.SYMTYPE, str(secret)), (tarfile.LNKTYPE, "good.png")):
+            link = tarfile.TarInfo(f"link{kind}.png")
+            link.type, link.linkname = kind, target
+            t.addfile(link)
+    for name, links in (("a.zip", 1), ("a.tar", 2)):
+        found = load(str(tmp_path / name))
+        assert len(found.images) == 1 and found.skipped == links
+        assert "skipped link" in capsys.readouterr().err
 
 
 def test_what_unpacks_to_a_hundred_times_its_size_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "UNPACK_LIMIT", 2 ** 20)          # or the test would write gigabytes
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr("a.png", bytes(2 ** 21))
+    member = tarfile.TarInfo("a.png")
+    member.size = 2 ** 30
+    (tmp_path / "a.tar").write_bytes(member.tobuf() + bytes(1024))      # it claims so, and is read
+    member.name, member.type = "head", tarfile.XHDTYPE                  # no further
+    with gzip.open(tmp_path / "head.tgz", "wb") as f:
+        f.write(member.tobuf() + bytes(1024))
     large = np.zeros((2 ** 21, 1, 1), np.uint8)
     np.savez_compressed(tmp_path / "a.npz", mu=np.zeros(12), sigma=np.zeros((3000, 3000)))
     np.savez_compressed(tmp_path / "b.npz", large)
@@ -389,8 +410,8 @@ def test_what_unpacks_to_a_hundred_times_its_size_is_not_used(tmp_path, monkeypa
             file = io.BytesIO()
             np.save(file, array)
             z.writestr("arr_0.npy", file.getvalue())
-    for read, name in ((load, "a.zip"), (load, "b.npz"), (load, "c.npz"),
-                       (read_statistics, "a.npz")):
+    for read, name in ((load, "a.zip"), (load, "a.tar"), (load, "head.tgz"), (load, "c.npz"),
+                       (read_statistics, "a.npz"), (load, "b.npz")):
         with pytest.raises(UserError, match="unpacks to"):
             read(str(tmp_path / name) if read is load else tmp_path / name)
 
