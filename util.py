@@ -368,13 +368,19 @@ def fetch(url, path, algorithm, digest, otherwise=""):
     """The path, a pathlib.Path, of a file whose digest begins so. Where it is missing, it is
     fetched from url. otherwise: what else the user may do. Raises UserError."""
     remedy = ", ".join(filter(None, [f"download {url} elsewhere and put it at {path}", otherwise]))
-    if not path.exists():
-        try:
+
+    def is_right():
+        return hashlib.new(algorithm, path.read_bytes()).hexdigest().startswith(digest)
+    try:
+        if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path))
-        except (OSError, http.client.HTTPException) as e:
-            raise UserError(f"cannot fetch {path.name} ({reason(e)}): {remedy}") from None
-    if not hashlib.new(algorithm, path.read_bytes()).hexdigest().startswith(digest):
+            if not is_right():
+                path.unlink()
+                raise OSError(f"what came does not have the {algorithm} {digest}")
+    except (OSError, http.client.HTTPException) as e:
+        raise UserError(f"cannot fetch {path.name} ({reason(e)}): {remedy}") from None
+    if not is_right():
         raise UserError(f"{path} is damaged (its {algorithm} is not {digest}): remove it, or "
                         f"{remedy}")
     return path

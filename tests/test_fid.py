@@ -488,7 +488,6 @@ def test_what_cannot_be_scored_is_one_line(folder, weights, tmp_path, monkeypatc
     np.savez("facts.npz", mu=np.zeros(12), sigma=np.zeros((12, 12)), num="many")
     np.savez_compressed("bomb.npz", mu=np.zeros(12), sigma=np.zeros((3000, 3000)))
     np.savez("features.npz", np.zeros((50, 12), np.float32))
-    np.save("features.npy", np.zeros((50, 12), np.float32))
     Path("edm2.pkl").write_bytes(pickle.dumps({}))
     np.savez("good.npz", mu=np.zeros(12), sigma=np.eye(12), num=70000)
     np.savez("negative.npz", mu=np.zeros(12), sigma=-np.eye(12))
@@ -503,8 +502,7 @@ def test_what_cannot_be_scored_is_one_line(folder, weights, tmp_path, monkeypatc
         (["rgba.npz", "--ref", folder], "rgba.npz holds"),
         ([folder, "--ref", "rgba.npz"], "rgba.npz holds"),
         ([folder, "--ref", "bomb.npz"], "bomb.npz cannot be read: it unpacks to more"),
-        ([folder, "--ref", "features.npz"], "mu, their mean, and sigma, np.cov(features"),
-        ([folder, "--ref", "features.npy"], "mu, their mean, and sigma, np.cov(features"),
+        ([folder, "--ref", "features.npz"], "features.npz holds"),
         ([folder, "--ref", "edm2.pkl"], "pickle.load(open('edm2.pkl', 'rb'))['fid']"),
         (["pipe", "--ref", folder], "a device"), ([folder, "--ref", "pipe.npz"], "a device"),
         (["--ckpt", "pipe", "--ref", folder], "a device"),
@@ -582,12 +580,11 @@ def test_weights_are_fetched_checked_and_kept(
 # The command line on checkpoints
 
 def test_a_checkpoint_is_sampled_and_scored(sizes, tmp_path, monkeypatch, capsys):
-    """Three draws from seeds of their own, equal to scoring the same seeds' PNGs; and the FID of
-    training with its solver. The reference is prepared for the model's resolution."""
+    """Three draws from seeds of their own, equal to scoring the same seeds' PNGs. The reference is
+    prepared for the model's resolution."""
     monkeypatch.chdir(tmp_path)
     small_net(monkeypatch)
-    monkeypatch.setattr(train, "load_inception", lambda *a: (SmallNet(), "f" * 64))
-    train_a_model("run", "--data", sizes, "--fid-every", 0.016, "--fid-num", 20)
+    train_a_model("run", "--data", sizes)
     np.save("ref.npy", data.load(str(sizes), 8).images.permute(0, 2, 3, 1).numpy())
     options = ["--ckpt", "run/ema.pt", "--images", 20, "--steps", 3, "--batch", 7]
     result = run_json(monkeypatch, capsys, *options, "--ref", "ref.npy")
@@ -596,11 +593,6 @@ def test_a_checkpoint_is_sampled_and_scored(sizes, tmp_path, monkeypatch, capsys
     assert result["mean"] == pytest.approx(np.mean(draws))
     assert result["std"] == pytest.approx(np.std(draws, ddof=1))
     assert result["size"] == "8 x 8" and result["nfe"] == 5 and "colour" not in result
-    log = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
-    solver, steps = log["fid_solver"].split()
-    theirs = run_json(monkeypatch, capsys, *options, "--ref", sizes, "--draws", 1, "--solver",
-                      solver, "--steps", steps)
-    assert log["fid"] == pytest.approx(theirs["fid"], abs=2e-4) and theirs["fid"] != draws[0]
     out = run(monkeypatch, capsys, *options, "--ref", sizes, "--draws", 1)
     assert f"draw 1 of 1: FID {draws[0]:.4f}" in out.err
     lines = out.out.splitlines()
