@@ -274,7 +274,8 @@ def read(path, paths, array, resolution):
         raise
     except Exception as e:                                      # zip, tar, json and NumPy differ
         reason = f"{type(e).__name__}: {str(e).split(':')[0]}"
-        raise UserError(f"{path} cannot be read ({reason}): {GIVE}") from None
+        what = "is one image: give its folder" if path.suffix.lower() in EXTENSIONS else GIVE
+        raise UserError(f"{path} cannot be read ({reason}): {what}") from None
     images, infos, channels = None, {}, 1
     with ThreadPoolExecutor() as pool:
         for n, pixels, info in tqdm(pool.map(partial(decode, resolution), entries), "decoding",
@@ -367,7 +368,7 @@ def array_source(path, chosen):
     if chosen not in found:
         held = ", ".join(f"{k} {a.dtype} {list(a.shape)}".lstrip() for k, a in arrays.items())
         raise UserError(f"{path} holds {held}: images are uint8 [N, H, W], or [N, H, W, C] of 1 or "
-                        f"3 channels; of several give one, as {path}:x")
+                        f"3 channels; of several give one, as {path}:NAME")
     x = arrays[chosen]
     x = x.transpose(0, 2, 3, 1) if x.ndim == 4 and x.shape[3] not in (1, 3) else x
     x = x[..., 0] if x.shape[3:] == (1,) else x                 # [N, H, W] or [N, H, W, 3]
@@ -439,11 +440,9 @@ def folder_files(folder, inside="", around=()):
     around them. OSError where a folder cannot be read."""
     around = (*around, os.path.realpath(folder))
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.is_dir() and os.path.realpath(entry) in around:
-            warn(f"{entry.path} is not read: it is a link to a folder around it")
-        elif entry.is_dir():
+        if entry.is_dir() and os.path.realpath(entry) not in around:
             yield from folder_files(entry, f"{inside}{entry.name}/", around)
         elif entry.is_file():
             yield inside + entry.name, Path(entry)
         else:
-            warn(f"{entry.path} is not read: it is no file, or a link to none")
+            warn(f"{entry.path} is not read: it is no file, or a link to none or around itself")
