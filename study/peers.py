@@ -4,11 +4,13 @@ prints the tables of docs/peers.md.
     python3 -m venv .venv-peers && . .venv-peers/bin/activate
     pip install torch==2.13.0 torchvision==0.28.0   # both from one index: both CPU, or both CUDA
     pip install --no-deps -r study/peers-requirements.txt
-    python -m study.peers blur fid networks                     # ten minutes on one core
+    python -m study.peers blur fid networks                     # 15 minutes on one idle core
     python -m study.peers samplers --ckpt run-hot/ema.pt run-warm/ema.pt
 """
+import contextlib
 import json
 import math
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -409,7 +411,7 @@ def network_table(args):
 
     def row(name, network):
         torch.manual_seed(0)
-        with tempfile.TemporaryDirectory() as out:
+        with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
             options = train_options(["--duration", str(args.kimg), "--out", out, "--seed", "0",
                                      "--device", "cpu", "--log-every", str(args.kimg / 2)])
             ema = train(options, net=network and Denoiser(network()))
