@@ -13,6 +13,7 @@ import math
 import sys
 import tempfile
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 import torch.nn as nn
 from PIL import Image, ImageFilter
 
-from data import leaves, load
+from data import load
 from degrade import ConstantBNR, blur, dct2, frequencies, idct2
 from fid import frechet_distance
 from inception import InceptionV3, load_inception
@@ -258,17 +259,32 @@ def sampler_tables(args):
 
 # FID
 
-@torch.no_grad()
 def random_weights(filename):
-    """Inception weights in the published layout, drawn at random, always the same."""
-    torch.manual_seed(0)
+    """Inception weights in the published layout, filled at random, always the same."""
     state = InceptionV3().state_dict()
-    for value in state.values():
-        if value.ndim == 4:
-            nn.init.kaiming_normal_(value)
-        elif value.is_floating_point():         # means and variances, biases and scales
-            value.uniform_(0.5, 1.5)
+    for name, old in state.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        z = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(old.shape))
+        if name.endswith("running_var"):
+            z = np.exp(0.2 * z)
+        elif name.endswith("bn.weight"):
+            z = 1 + 0.1 * z
+        elif name.endswith(("running_mean", "bias")):
+            z = 0.1 * z
+        else:
+            z = z * math.sqrt(2 / np.prod(old.shape[1:]))
+        state[name] = torch.from_numpy(np.float32(z))
     torch.save(state, filename)
+
+
+def pictures(n, seed, slope):
+    """uint8 [n, 3, 32, 32]: Gaussian fields with power 1 / lam^slope."""
+    g = torch.Generator().manual_seed(seed)
+    spectrum = power_law(32) ** slope
+    spectrum = 0.25 * spectrum / spectrum.mean()
+    x = idct2(spectrum.sqrt() * torch.randn(n, 3, 32, 32, generator=g, dtype=torch.float64))
+    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
 def extractors(weights):
@@ -319,7 +335,7 @@ def extractors(weights):
 def fid_tables(args):
     """Of two sets of images: how far the features are from both of fid.py's, and the distances.
     Then which files of a folder each of them reads."""
-    sets = leaves(args.images, 32, seed=0), leaves(args.images, 32, seed=1, discs=48)
+    sets = pictures(args.images, 0, 1.), pictures(args.images, 1, 1.2)
     with tempfile.TemporaryDirectory() as folder:
         random_weights(f"{folder}/weights.pth")
         packages = extractors(f"{folder}/weights.pth")
