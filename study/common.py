@@ -36,7 +36,8 @@ from fid import frechet_distance
 from inception import load_inception
 from model import load_model
 from sample import generate, sampling_path
-from util import Parser, UserError, atomic_write, full_float32, signals_noted, to_uint8
+from util import (Parser, UserError, atomic_write, compile_or_warn, full_float32, signals_noted,
+                  to_uint8)
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = ["--sample-steps", 1]                   # what train.py's grids take with --quick
@@ -174,9 +175,11 @@ def trained(out, *options):
 @lru_cache(maxsize=1)
 def loaded(checkpoint_file, device, compiled=False):
     """The network and the rest of a checkpoint, the network as train.py runs it: on a GPU in bf16,
-    where it has that, and compiled."""
-    return load_model(checkpoint_file, device, precision(device),
-                      compiled=compiled or torch.device(device).type == "cuda")
+    where it has that, and compiled where that works."""
+    net, checkpoint = load_model(checkpoint_file, device, precision(device), compiled)
+    if torch.device(device).type == "cuda" and not compiled:
+        compile_or_warn(net.unet, asked=False)
+    return net, checkpoint
 
 
 def precision(device):
