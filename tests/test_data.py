@@ -97,12 +97,6 @@ def as_folder(root, files):
     return root
 
 
-def add_to_tar(tar, name, content):
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
-
-
 def as_zip(path, files):
     with zipfile.ZipFile(path, "w") as z:
         for name, content in files.items():
