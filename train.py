@@ -373,8 +373,9 @@ def parts(args, data, path, net):
             net = build(config)
             net.unet.check(h, w)
         else:                               # its output is looked at before anything is written
-            with torch.no_grad():
-                net.eval()(normalize(data.images[:1]), *levels[2],
+            where = next(net.parameters()).device
+            with torch.no_grad(), torch.device(where):
+                net.eval()(normalize(data.images[:1]).to(where), *levels[2],
                            torch.zeros(1, 9) if args.augment else None,
                            torch.zeros(1, dtype=torch.long) if classes else None)
     except ValueError as e:
