@@ -9,6 +9,7 @@ network in --runs or a cell in results/, is not made again.
 """
 import math
 import os
+from itertools import product
 
 import numpy as np
 import torch
@@ -147,29 +148,36 @@ def interval(differences):
 
 
 VALUES = {"distance": lambda c: c["distance"], "matched distance": lambda c: c["matched"],
-          "power, top band": lambda c: c["power"][-1]}
+          **{f"power, band {i}": lambda c, i=i: c["power"][i] for i in (-3, -2, -1)}}
+
+
+def by_law(cell, *terms):
+    """The mean of the held-out loss over the levels as training draws them, (9)."""
+    z = (np.log(cell["sigma"]) + 1.2) / 1.2
+    return np.average(sum(np.array(cell[term]) for term in terms), weights=np.exp(-z ** 2 / 2))
+
+
+LOSSES = {"loss, denoise": lambda c: by_law(c, "denoise"),
+          "loss, deblur": lambda c: by_law(c, "deblur"),
+          "loss, both": lambda c: by_law(c, "denoise", "deblur")}
 
 
 def table(cells):
     """For each ratio, solver, measure and checkpoint: the mean of hot, d and its interval."""
     print("| BNR | solver, NFE | measure | kimg | pairs | hot, mean | d, mean | 95 % | each d |")
     print("|---|---|---|---|---|---|---|---|---|")
-    samples = matching(cells, kind="samples")
-    for bnr in (0.5, 0.3, 1):
-        for solver, nfe in SOLVERS:
-            for name, value in VALUES.items():
-                for kimg in sorted({c["kimg"] for c in samples}):
-                    key = dict(kimg=kimg, solver=solver, nfe=nfe)
-                    d = pairs(samples, value, bnr, **key)
-                    if not d:
-                        continue
-                    digits = 2 if "power" in name else 1
-                    hot = mean([value(c) for c in matching(samples, bnr=0, **key)])
-                    middle, half = interval(d)
-                    each = ", ".join(f"{v:+.{digits}f}" for v in d)
-                    print(f"| {bnr} | {solver}, {nfe} | {name} | {kimg} | {len(d)} | "
-                          f"{hot:.{digits}f} | {middle:+.{digits}f} | +-{half:.{digits}f} | "
-                          f"{each} |")
+    kinds = [(solver, nfe, VALUES) for solver, nfe in SOLVERS] + [(None, None, LOSSES)]
+    for bnr, (solver, nfe, values) in product((0.5, 0.3, 1), kinds):
+        key = dict(solver=solver, nfe=nfe) if solver else dict(kind="loss")
+        for (name, value), kimg in product(values.items(), sorted({c["kimg"] for c in cells})):
+            d = pairs(cells, value, bnr, kimg=kimg, **key)
+            if d:
+                hot = mean([value(c) for c in matching(cells, bnr=0, kimg=kimg, **key)])
+                n = {"d": 1, "m": 1, "p": 2, "l": 5}[name[0]]   # digits
+                middle, half = interval(d)
+                print(f"| {bnr} | {f'{solver}, {nfe}' if solver else ''} | {name} | {kimg} | "
+                      f"{len(d)} | {hot:.{n}f} | {middle:+.{n}f} | +-{half:.{n}f} | "
+                      f"{', '.join(f'{v:+.{n}f}' for v in d)} |")
 
 
 def figure(plt, cells):

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from data import Images, leaves
 from degrade import BlurringPath, ConstantBNR, frequencies
 from exact import gaussian_heads, gaussian_images, m_of, power_law
 from sample import time_steps
-from study import manifold, speed, sweep
+from study import claim, manifold, speed, sweep
 from study.common import Cells, Measure, band_power, bands
 from study.spectrum import spectrum
 from util import to_uint8
@@ -491,3 +492,27 @@ def test_the_gpu_script_ends_in_time_with_its_table(tmp_path):
     assert done.returncode == 0, done.stdout
     assert time.monotonic() - begun < 900 and "multistep, NFE 18" in done.stdout
     assert "BNR 10 " in done.stdout and "training, batch 16" in done.stdout
+
+
+def test_the_claims_table_has_means_of_pairs_and_their_interval(tmp_path, monkeypatch, capsys):
+    """Six pairs that differ by 1 to 6: 3.5 +- 2.571 * 1.871 / sqrt(6). A seed without a partner
+    does not count. The losses are averaged over the levels as training draws them."""
+    cells = [dict(bnr=0.5, seed=7, kimg=240, kind="samples", solver="multistep", nfe=18,
+                  distance=1e6, matched=0, power=[1.] * 5)]
+    for seed, (bnr, more) in product(range(6), ((0, 0), (0.5, 1))):
+        key, distance = dict(bnr=bnr, seed=seed, kimg=240), 100. + seed + more * (seed + 1)
+        cells.append(dict(key, kind="samples", solver="multistep", nfe=18, distance=distance,
+                          matched=2 * distance, power=[1.] * 5))
+        cells.append(dict(key, kind="loss", sigma=np.geomspace(0.002, 80, 20).tolist(),
+                          denoise=[0.5 - 0.1 * more] * 20, deblur=[0.] * 10 + [0.2 * more] * 10))
+    (tmp_path / "claim.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells))
+    monkeypatch.setattr(sys, "argv", ["claim.py", "--plot-only", "--results", str(tmp_path)])
+    claim.main()
+    rows = capsys.readouterr().out.splitlines()
+    assert ("| 0.5 | multistep, 18 | distance | 240 | 6 | 102.5 | +3.5 | +-2.0 | +1.0, +2.0, +3.0, "
+            "+4.0, +5.0, +6.0 |") in rows
+    assert any("| matched distance | 240 | 6 | 205.0 | +7.0 | +-3.9 |" in row for row in rows)
+    assert any("| loss, denoise | 240 | 6 | 0.50000 | -0.10000 | +-0.00000 |" in r for r in rows)
+    deblur, = (float(row.split("|")[7]) for row in rows if "loss, deblur" in row)
+    above = math.erfc((math.log(0.4) + 1.2) / 1.2 / math.sqrt(2)) / 2           # the share of (9)
+    assert deblur == pytest.approx(0.2 * above, rel=0.01)
