@@ -1,5 +1,6 @@
 """The README's section "To swap a part", from outside, each part in a few lines of the user's."""
 import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -135,6 +136,30 @@ def test_a_path_is_checked_before_anything_is_written(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+class Tangent(degrade.Path):
+    """In a parameter of its own, up to 1."""
+
+    def levels(self, t):
+        return 20 * torch.sin(math.pi * t / 2) ** 2, torch.tan(math.pi * t / 2)
+
+    def t_range(self, h, w):
+        return math.atan(0.002) * 2 / math.pi, math.atan(80) * 2 / math.pi
+
+
+def test_a_path_in_a_parameter_of_its_own_needs_its_own_training_levels(tmp_path):
+    """The default draws t beyond 1, where sigma is below 0 and training would not notice."""
+    with pytest.raises(UserError, match="the path Tangent is trained at .* training_levels"):
+        train.train(options(tmp_path / "run"), noise_images(), Tangent())
+    assert not (tmp_path / "run").exists()
+
+    class Whole(Tangent):
+        def training_levels(self, n, h, w, device=None):
+            t = torch.exp(-1.2 + 1.2 * torch.randn(n, device=device)).atan() * 2 / math.pi
+            return self.levels(t)
+    ema = train.train(options(tmp_path / "run"), noise_images(), Whole())
+    four_samples(ema, Whole())
+
+
 def test_the_ema_has_the_networks_buffers(tmp_path):
     net = small_cnn()
     net.unet.insert(1, torch.nn.BatchNorm2d(16))
@@ -206,7 +231,7 @@ def test_an_own_script_under_torchrun_trains_once(tmp_path):
                            "--standalone", "own.py"], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("parameters") == 1 and "batch 4 as 2 x 2 in 2 processes" in done.stdout
+    assert done.stdout.count("parameters") == 1 and "batch 4 as 2 x 2 on 2 x cpu" in done.stdout
     assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 1
 
 
@@ -249,7 +274,7 @@ def test_the_levels_of_a_path_and_the_images_are_compared_on_resuming(tmp_path):
     images.images[[0, 1]] = images.images[[1, 0]]
     labels.labels[[0, 1]] = labels.labels[[1, 0]]
     for other in (images, labels):
-        with pytest.raises(UserError, match="was trained on other images"):
+        with pytest.raises(UserError, match="a run with images of digest"):
             train.train(options(tmp_path, 0.032), other, degrade.ConstantBNR(2))
     images = noise_images()
     images.name = "moved"
