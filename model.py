@@ -1,7 +1,6 @@
 """The network: two levels in, two heads out, (7), on EDM's DDPM++ trunk. Equation numbers are those
 of the README.
 """
-import copy
 import math
 import os
 from functools import partial
@@ -311,14 +310,15 @@ def check_facts(checkpoint, weights, size):
 def start_from(net, filename, classes=()):
     """Puts the weights of a checkpoint into a new Denoiser, to train it further. Raises UserError.
 
-    Layers of a UNet for ratios, augmentation and classes that the checkpoint lacks start at zero.
-    classes: their names; each starts as the old class of its name, else as the mean of all.
+    Both are of this project's network. Layers for ratios, augmentation and classes that the old one
+    lacks start at zero. classes: their names; each starts as the old class of its name, else as the
+    mean of all.
     """
-    own, label = not isinstance(net.unet, UNet), "unet.from_label.weight"
-    old, checkpoint = load_model(filename, net=copy.deepcopy(net) if own else None)
+    label = "unet.from_label.weight"                            # [embedding, classes]
+    old, checkpoint = load_model(filename)
     new = {k: torch.zeros_like(v) for k, v in net.state_dict().items() if "unet.from_" in k}
     weights = {**new, **old.state_dict()}
-    if old.classes and net.classes and not own:                 # label: [embedding, classes]
+    if old.classes and net.classes:
         known = dict(zip(checkpoint["data"]["classes"], weights[label].T))
         columns = [known.get(name, weights[label].mean(1)) for name in classes]
         weights[label] = torch.stack(columns, 1) * math.sqrt(old.classes / net.classes)

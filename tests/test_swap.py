@@ -1,4 +1,5 @@
 """The README's section "To swap a part", from outside, each part in a few lines of the user's."""
+import argparse
 import contextlib
 import math
 import os
@@ -136,28 +137,54 @@ def test_a_path_is_checked_before_anything_is_written(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-class Tangent(degrade.Path):
-    """In a parameter of its own, up to 1."""
+def parts_of_the_page():
+    """The classes of docs/own-parts.md: Tangent, a path up to t = 1, and FromDiffusers."""
+    lines = (ROOT / "docs/own-parts.md").read_text().splitlines()
+    code = "\n".join(line[4:] for line in lines if line.startswith("    ") or not line)
+    found = {"Path": degrade.Path, "math": math, "torch": torch}
+    exec(code, found)
+    return found["Tangent"], found["FromDiffusers"]
 
-    def levels(self, t):
-        return 20 * torch.sin(math.pi * t / 2) ** 2, torch.tan(math.pi * t / 2)
 
-    def t_range(self, h, w):
-        return math.atan(0.002) * 2 / math.pi, math.atan(80) * 2 / math.pi
-
-
-def test_a_path_in_a_parameter_of_its_own_needs_its_own_training_levels(tmp_path):
-    """The default draws t beyond 1, where sigma is below 0 and training would not notice."""
+def test_a_path_in_a_parameter_of_its_own(tmp_path, monkeypatch):
+    """The default training levels go beyond t = 1, where sigma is below 0 and training would not
+    notice; and so does churn."""
+    tangent, _ = parts_of_the_page()
+    ema = train.train(options(tmp_path / "run"), noise_images(), tangent())
+    x = four_samples(ema, tangent())
+    same = four_samples(ema, degrade.ConstantBNR(0.5))
+    torch.testing.assert_close(x, same, rtol=1e-4, atol=1e-4)   # EDM's steps, in sigma
+    with pytest.raises(ValueError, match="churn climbs to t = 1.4"):
+        list(generate(ema, tangent(), (3, 8, 8), range(4), steps=2, churn=2.))
+    monkeypatch.delattr(tangent, "training_levels")
     with pytest.raises(UserError, match="the path Tangent is trained at .* training_levels"):
-        train.train(options(tmp_path / "run"), noise_images(), Tangent())
-    assert not (tmp_path / "run").exists()
+        train.train(options(tmp_path / "other"), noise_images(), tangent())
+    assert not (tmp_path / "other").exists()
 
-    class Whole(Tangent):
-        def training_levels(self, n, h, w, device=None):
-            t = torch.exp(-1.2 + 1.2 * torch.randn(n, device=device)).atan() * 2 / math.pi
-            return self.levels(t)
-    ema = train.train(options(tmp_path / "run"), noise_images(), Whole())
-    four_samples(ema, Whole())
+
+class Answer(torch.nn.Module):
+    """Like one of diffusers' networks: it takes steps up to 1000 and answers an object."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.steps = torch.nn.Conv2d(3, 6, 1), []
+
+    def forward(self, x, step, label=None):
+        self.steps += step.tolist()
+        return argparse.Namespace(sample=self.conv(x))
+
+
+def test_a_network_that_answers_an_object(tmp_path):
+    _, wrapper = parts_of_the_page()
+    wrong = Answer()
+    wrong.forward = lambda x, c_noise, augment=None, label=None: argparse.Namespace(sample=x)
+    with pytest.raises(UserError, match="must be .*, and not Namespace"):
+        train.train(options(tmp_path / "run"), noise_images(), net=Denoiser(wrong))
+    assert not (tmp_path / "run").exists()
+    net = Denoiser(wrapper(Answer()))
+    four_samples(train.train(options(tmp_path / "run"), noise_images(), net=net),
+                 degrade.ConstantBNR(0.5))
+    assert -1600 < min(net.unet.net.steps) < -300 and 0 < max(net.unet.net.steps) < 1200
 
 
 def test_the_ema_has_the_networks_buffers(tmp_path):
