@@ -1,7 +1,6 @@
 """The network: two levels in, two heads out, (7), on EDM's DDPM++ trunk. Equation numbers are those
 of the README.
 """
-import copy
 import math
 import os
 from functools import partial
@@ -25,9 +24,8 @@ class Denoiser(nn.Module):
     and label [B] (int64) go to the unet. Returns float32 [B, C, H, W] twice.
 
     unet: any module (x, c_noise, augment, label) -> [B, heads C, H, W]. c_noise [B] is about -1.6
-    to 1.2; multiply it by 1000 for an embedding of the steps 0 to 1000. A unet whose attribute
-    `classes` is above 0 always gets a label, any other never. One that has `from_ratio` is told
-    (14), which is 0 to 4, as its argument ratio [B].
+    to 1.2. A unet whose attribute `classes` is above 0 always gets a label, any other never. One
+    that has `from_ratio` is told (14), which is 0 to 4, as its argument ratio [B].
     """
     heads = 2
 
@@ -49,8 +47,7 @@ class Denoiser(nn.Module):
         needed = [len(x), self.heads * x.shape[1], *x.shape[2:]]
         given = list(f.shape) if isinstance(f, torch.Tensor) else type(f).__name__
         if given != needed:                                     # what only broadcasts as well
-            raise UserError(f"the network's output must be {needed}, for {self.heads} heads on "
-                            f"{x.shape[1]} channels, and not {given}")
+            raise UserError(f"the network's output must be {needed}, and not {given}")
         return self.answers(x, f.float(), s)
 
     def answers(self, x, f, s):
@@ -116,7 +113,7 @@ class UNet(nn.Module):
     def __init__(self, in_channels, out_channels, channels=128, mult=(2, 2, 2), blocks=4,
                  attention=(16,), resolution=32, dropout=0., augment_dim=0, classes=0, ratio=False):
         super().__init__()
-        self.channels, self.classes, self.levels = channels, classes, len(mult)
+        self.channels, self.classes, self.divisor = channels, classes, 2 ** len(mult) // 2
         self.from_augment = linear(augment_dim, channels, bias=False) if augment_dim else None
         self.from_label = linear(classes, channels) if classes else None
         self.from_ratio = linear(channels, channels, bias=False) if ratio else None
@@ -149,11 +146,10 @@ class UNet(nn.Module):
         self.last = conv(width, out_channels, 3, scale=1e-5)
 
     def check(self, h, w):
-        """Raises ValueError where images of h x w do not fit this network."""
-        divisor = 2 ** (self.levels - 1)
-        if h % divisor or w % divisor:
-            raise ValueError(f"images of {h} x {w} do not divide by {divisor}, as {self.levels} "
-                             "levels need: choose another resolution or fewer levels (mult)")
+        """Raises UserError where images of h x w do not fit this network."""
+        if h % self.divisor or w % self.divisor:
+            raise UserError(f"images of {h} x {w} do not divide by {self.divisor}: choose another "
+                            "resolution or fewer levels (mult)")
 
     def forward(self, x, c_noise, augment=None, label=None, ratio=None):
         self.check(*x.shape[-2:])
@@ -230,8 +226,8 @@ def sinusoids(v, n):
 def group_norm(channels):
     groups = min(32, channels // 4)
     if channels % groups:
-        raise ValueError(f"a width of {channels} does not divide into {groups} groups: choose a "
-                         "multiple of 4, and above 128 a multiple of 32")
+        raise UserError(f"a width of {channels} does not divide into {groups} groups: choose a "
+                        "multiple of 4, and above 128 a multiple of 32")
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
@@ -240,23 +236,23 @@ def conv(cin, cout, size, scale=1.):
 
 
 def linear(cin, cout, bias=True):
-    return initialized(nn.Linear(cin, cout, bias=bias), 1.)
+    return initialized(nn.Linear(cin, cout, bias), 1.)
 
 
 def initialized(layer, scale):
-    nn.init.xavier_uniform_(layer.weight, gain=scale)
+    nn.init.xavier_uniform_(layer.weight, scale)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
 
 
 def build(config):
-    """A checkpoint's config, of plain types -> its Denoiser. Raises ValueError and the like for an
-    impossible one."""
+    """A checkpoint's config, of plain types -> its Denoiser. An impossible one raises nearly
+    anything."""
     unet, kind = config["unet"], PARAMETERIZATIONS[config.get("param", "residual")]
     if not (0 < config["sigma_data"] < 1e6 and 0 <= unet.get("dropout", 0) < 1
             and unet["blocks"] <= 64 and len(unet["mult"]) <= 12):
-        raise ValueError("sigma_data, dropout, blocks or mult is out of range")
+        raise UserError("sigma_data, dropout, blocks or mult is out of range")
     return kind(UNet(**unet), config["sigma_data"])
 
 
@@ -273,18 +269,18 @@ def load_model(filename, device="cpu", precision="fp32", compiled=False, net=Non
         weights, config = checkpoint.pop("weights"), checkpoint["config"]
         check_facts(checkpoint, weights, os.path.getsize(filename))
         if net is None and config["unet"] is None:
-            raise ValueError("it is of a network of your own: give that one to load_model, in "
-                             "Python, as net")
+            raise UserError("it is of a network of your own: give that one to load_model, in "
+                            "Python, as net")
         if net is None:
             with torch.device("meta"):      # allocates nothing before the shapes are known to fit
                 net = build(config)
             net.unet.check(*checkpoint["data"]["shape"][1:])
         answers = net.answers.__qualname__
         if config.get("answers", answers).split(", ")[-1] != answers:           # old ones lack it
-            raise ValueError(f"it is of another kind, {config['answers']}")
+            raise UserError(f"it is of another kind, {config['answers']}")
         net.load_state_dict(weights, assign=True)
         net.sigma_data = config["sigma_data"]
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as e:
+    except Exception as e:                                      # the file may hold anything
         raise UserError(f"{filename} is not a model of this project, or its weights do not fit its "
                         f"network: {reason(e)}") from None
     net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -296,42 +292,41 @@ def load_model(filename, device="cpu", precision="fp32", compiled=False, net=Non
 
 
 def check_facts(checkpoint, weights, size):
-    """Raises ValueError and the like for what train.py never saves. size: the file's, in bytes."""
-    config, data, options = (checkpoint[k] for k in ("config", "data", "options"))
-    (c, h, w), unet = data["shape"], config["unet"] or {}
+    """Raises UserError and the like for what train.py never saves. size: the file's, in bytes."""
+    data, options = checkpoint["data"], checkpoint["options"]
+    unet, shape = checkpoint["config"]["unet"] or {}, data["shape"]
     if sum(v.numel() * v.element_size() for v in weights.values()) > size or not all(
             v.isfinite().all() and (not unet or v.dtype == torch.float32)
             for v in weights.values()):
-        raise ValueError("its weights are larger than the file, or not finite float32 numbers")
-    if not all(type(n) is int and 0 < n <= 10000 for n in (c, h, w, options["sample_steps"])) \
-            or options["resolution"] not in (0, max(h, w)) or c != unet.get("in_channels", c) \
+        raise UserError("its weights are larger than the file, or not finite float32 numbers")
+    if not all(type(n) is int and 0 < n <= 10000 for n in (*shape, options["sample_steps"])) \
+            or len(shape) != 3 or options["resolution"] not in (0, max(shape[1:])) \
+            or unet.get("in_channels", shape[0]) != shape[0] \
             or not all(type(s) is str for s in (options["data"], *data["classes"])) \
             or len(data["classes"]) < unet.get("classes", 0):
-        raise ValueError("its shape, resolution, sample_steps, data or classes are impossible")
+        raise UserError("its shape, resolution, sample_steps, data or classes are impossible")
 
 
 def start_from(net, filename, classes=()):
-    """Puts the weights of a checkpoint into a new Denoiser, to train it further.
+    """Puts the weights of a checkpoint into a new Denoiser, to train it further. Raises UserError.
 
-    Layers for ratios, augmentation and classes that the checkpoint lacks start at zero. classes:
-    the names of those of a UNet; each starts as the old class of its name, else as the mean of all.
-    Raises UserError that names what does not fit.
+    Both are of this project's network. Layers for ratios, augmentation and classes that the old one
+    lacks start at zero. classes: their names; each starts as the old class of its name, else as the
+    mean of all.
     """
-    own, label = not isinstance(net.unet, UNet), "unet.from_label.weight"
-    old, checkpoint = load_model(filename, net=copy.deepcopy(net) if own else None)
-    new = {name: torch.zeros_like(value) for name, value in net.state_dict().items()
-           if name.startswith(("unet.from_ratio.", "unet.from_augment.", "unet.from_label."))}
+    label = "unet.from_label.weight"                            # [embedding, classes]
+    old, checkpoint = load_model(filename)
+    new = {k: torch.zeros_like(v) for k, v in net.state_dict().items() if "unet.from_" in k}
     weights = {**new, **old.state_dict()}
-    if old.classes and net.classes and not own:                 # label: [embedding, classes]
+    if old.classes and net.classes:
         known = dict(zip(checkpoint["data"]["classes"], weights[label].T))
         columns = [known.get(name, weights[label].mean(1)) for name in classes]
         weights[label] = torch.stack(columns, 1) * math.sqrt(old.classes / net.classes)
     if "unet.from_augment.weight" not in new:                   # it adds 0 to other images
         weights.pop("unet.from_augment.weight", None)
+    if type(old).answers is not type(net).answers or old.sigma_data != net.sigma_data:
+        raise UserError(f"{filename} does not fit this network: its --param or sigma_data differs")
     try:
-        if type(old).answers is not type(net).answers or old.sigma_data != net.sigma_data:
-            raise RuntimeError("its --param or sigma_data is another")
         net.load_state_dict(weights)
     except RuntimeError as e:
-        raise UserError(f"{filename} does not fit this network: {reason(e)}; its config is "
-                        f"{checkpoint['config']}") from None
+        raise UserError(f"{filename} does not fit this network: {reason(e)}") from None

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from degrade import (AnyBNR, ColdPath, attenuation, check_path, dct2, degrade,
-                     expand_level, idct2, levels_of, make_path)
+                     expand_level, idct2, levels_of, make_path, time_of)
 from model import load_model
 from util import (Parser, UserError, add_device_option, atomic_write, full_float32,
                   normalize, number, process_group, rank, read_image, save_grid, save_image, say,
@@ -53,12 +53,18 @@ def multistep_times(n, path, h, w, t_max=None):
         i[1:] -= 0.5
     start, end = math.log1p(a / high), math.log1p(a / last)
     sigma = a / torch.expm1(start + i / i[-1].clamp(min=1) * (end - start))     # [n]
-    below, above = torch.zeros(n, dtype=torch.float64), torch.full_like(sigma, t_max)
-    for _ in range(100):                                        # bisection for the t of each sigma
+    t = times_at(lambda t: levels_of(path, t)[1], sigma, t_max)
+    return torch.cat([torch.full_like(t[:1], t_max), t[1:], torch.zeros_like(t[:1])])
+
+
+def times_at(level, values, t_max):
+    """The t up to t_max where level(t), which rises, has these values, by bisection."""
+    below, above = torch.zeros_like(values), torch.full_like(values, t_max)
+    for _ in range(100):
         t = (below + above) / 2
-        short = levels_of(path, t)[1] < sigma
+        short = level(t) < values
         below, above = torch.where(short, t, below), torch.where(short, above, t)
-    return torch.cat([torch.full_like(above[:1], t_max), above[1:], torch.zeros_like(above[:1])])
+    return above
 
 
 @torch.no_grad()
@@ -147,7 +153,9 @@ def curvature(history, t, s, path, cells=200):
 def churn_step(x, t, t_hat, path, noise):
     """Equation (4), from level t up to t_hat, exactly as the forward process goes."""
     (alpha, sigma), (alpha_hat, sigma_hat) = levels_of(path, t), levels_of(path, t_hat)
-    climb = (alpha_hat ** 2 - alpha ** 2).clamp(min=0).sqrt()
+    if not (alpha_hat >= alpha and sigma_hat >= sigma):
+        raise ValueError(f"churn climbs to t = {t_hat:.3g}, where the path falls: give s_max")
+    climb = (alpha_hat ** 2 - alpha ** 2).sqrt()
     q = attenuation(climb, x)                                   # M_that / M_t: both can underflow
     sigma, sigma_hat = expand_level(sigma, x), expand_level(sigma_hat, x)
     u_hat = q * dct2(x) + (sigma_hat ** 2 - q ** 2 * sigma ** 2).sqrt() * dct2(noise)       # (4)
@@ -186,8 +194,13 @@ def sample(net, path, latents, steps=None, colour=None, init=None, level=None, s
     else:
         x = plain_image(latents.double(), **colour)
     steps = STEPS.get(solver, 1) if steps is None else steps
-    times = (multistep_times(steps, path, h, w, t_max) if solver == "multistep" and sigma > 0
-             else time_steps(steps, t_min, t_max))
+    times, ends = time_steps(steps, t_min, t_max), torch.tensor([t_min, t_max]).double()
+    if solver == "multistep" and sigma > 0:
+        times = multistep_times(steps, path, h, w, t_max)
+    elif (time_of(*levels_of(path, ends)) != ends).any():       # t is a parameter of its own
+        low, high = sum(levels_of(path, ends)).tolist()
+        values = time_steps(steps, low, high)[1:-1]
+        times[1:-1] = times_at(lambda t: sum(levels_of(path, t)), values, t_max)
     return solve(net, path, x, times, solver, **options)
 
 

@@ -25,10 +25,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from data import augment, load, shuffled, take
-from degrade import AnyBNR, ConstantBNR, check_path, make_path, time_of
+from degrade import check_path, levels_of, make_path, time_of
 from loss import disentangled_loss
 from model import PARAMETERIZATIONS, SIGMA_DATA, build, start_from
 from sample import fast_solver, generate
@@ -57,63 +58,45 @@ def options(argv=None):
     p = Parser(description="Train a blur-noise mixture diffusion model. A kimg is 1,000 images "
                            "seen. The defaults named here are those of --preset cifar10; data other"
                            " than cifar10 take --preset tiny.")
-    a = p.add_argument
-    a("--data", default="leaves",
-      help="leaves, cifar10, or a folder, zip, tar, .npy or .npz of images (default leaves)")
-    path = p.add_mutually_exclusive_group().add_argument
-    path("--bnr", type=bnr,
-         help="blur-to-noise ratio, pixels of blur for a unit of noise; 0 is EDM, inf is blur "
-              "alone, any is one network for all from 0 to 10 (default 0.5)")
-    path("--path", choices=["blurring"],
-         help="instead of one ratio, Hoogeboom & Salimans' schedule of blur over noise")
-    a("--param", choices=PARAMETERIZATIONS, default="residual",
-      help="what the network predicts: residual, the blurry image and what blur removed; x0, the "
-           "image; noise, the noise and what blur removed (default residual)")
-    a("--cond", action="store_true", help="class-conditional; a class is a folder of images")
-    a("--preset", choices=PRESETS, help="recipe (default: cifar10 for cifar10, else tiny)")
-    a("--out", default="run",
-      help="folder of checkpoints, log and grids; one that holds a run resumes it (default run)")
-    a("--resume", metavar="RUN",
-      help="continue the run in this folder with its own options, but for what is given here")
-    a("--batch", type=number(int, 1), default=512,
-      help="images per step, over all GPUs and accumulation (default 512)")
-    a("--batch-gpu", type=number(int, 1),
-      help="images at a time on each GPU, to save memory (default: all of its share)")
-    a("--lr", type=number(float, 0, 1), default=1e-3, help="Adam's learning rate (default 1e-3)")
-    a("--warmup", type=number(float, 0), default=10000.,
-      help="kimg in which the learning rate rises from 0 (default 10000)")
-    a("--duration", type=number(float, 0.001, 1e9), default=200000.,
-      help="kimg to train for (default 200000)")
-    a("--ema", type=number(float, 0), default=500., help="half-life of the EMA, kimg (default 500)")
-    a("--dropout", type=number(float, 0, 0.99), default=0.13, help="probability (default 0.13)")
-    a("--augment", type=number(float, 0, 1), default=0.12,
-      help="probability of each augmentation; 0: none, no flip either (default 0.12)")
-    a("--resolution", type=number(int, 0, 4096), default=32,
-      help="side that images are cropped and resized to; 0: as they are (default 32)")
-    a("--channels", type=number(int, 8, 4096), default=128, help="network width (default 128)")
-    a("--mult", type=number(int, 1, 16), nargs="+", default=[2, 2, 2],
-      help="width of each level, times --channels (default 2 2 2)")
-    a("--blocks", type=number(int, 1, 64), default=4, help="residual blocks a level (default 4)")
-    a("--attention", type=number(int, 0), nargs="*",
-      help="sides of the levels with attention (default: 16, where a level below the first has it, "
-           "else the last level)")
-    a("--seed", type=number(int, 0, 2 ** 31), default=0,
-      help="of the weights, the order and the noise (default 0)")
-    a("--init-from", metavar="CKPT",
-      help="start from the weights of this checkpoint, of any BNR, instead of random ones")
+
+    def a(name, default, text, **kw):
+        text += "" if default is None or default is False else f" (default {default})"
+        p.add_argument(name, default=default, help=text, **kw)
+    a("--data", "leaves", "leaves, cifar10, or a folder, zip, tar, .npy or .npz of images")
+    a("--bnr", None, "blur-to-noise ratio, pixels of blur for a unit of noise; 0 is EDM, inf is "
+      "blur alone, any is one network for all from 0 to 10 (default 0.5)", type=bnr)
+    a("--path", None, "instead of one ratio, Hoogeboom & Salimans' schedule", choices=["blurring"])
+    a("--param", "residual", "what the network predicts: residual, the blurry image and what blur "
+      "removed; x0, the image; noise, the noise and what blur removed", choices=PARAMETERIZATIONS)
+    a("--cond", False, "class-conditional; a class is a folder of images", action="store_true")
+    a("--preset", None, "recipe (default: cifar10 for cifar10, else tiny)", choices=PRESETS)
+    a("--out", "run", "folder of checkpoints, log and grids; one that holds a run resumes it")
+    a("--resume", None, "go on with the run in this folder and its own options, but for those given "
+      "here", metavar="RUN")
+    a("--batch", 512, "images per step, over all GPUs and accumulation", type=number(int, 1))
+    a("--batch-gpu", None, "images at a time on a GPU (default: its share)", type=number(int, 1))
+    a("--lr", 1e-3, "Adam's learning rate", type=number(float, 0, 1))
+    a("--warmup", 10000., "kimg in which the learning rate rises from 0", type=number(float, 0))
+    a("--duration", 200000., "kimg to train for", type=number(float, 0.001, 1e9))
+    a("--ema", 500., "half-life of the EMA, kimg", type=number(float, 0))
+    a("--dropout", 0.13, "probability", type=number(float, 0, 0.99))
+    a("--augment", 0.12, "probability of each kind; 0: none, no flip", type=number(float, 0, 1))
+    a("--resolution", 32, "side to crop and resize to; 0: as they are", type=number(int, 0, 4096))
+    a("--channels", 128, "network width", type=number(int, 8, 4096))
+    a("--mult", [2, 2, 2], "levels' widths, times --channels", type=number(int, 1, 16), nargs="+")
+    a("--blocks", 4, "residual blocks a level", type=number(int, 1, 64))
+    a("--attention", None, "sides of the levels with attention (default: 16, where a level below "
+      "the first has it, else the last level)", type=number(int, 0), nargs="*")
+    a("--seed", 0, "of the weights, the order and the noise", type=number(int, 0, 2 ** 31))
+    a("--init-from", None, "start from the weights of this checkpoint, of any BNR", metavar="CKPT")
     add_device_option(p)
-    a("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-      help="of the network; auto: bf16 on a GPU that has it (default auto)")
-    a("--compile", action=argparse.BooleanOptionalAction,
-      help="torch.compile the network, a minute or two (default: on a GPU)")
-    a("--log-every", type=number(float, 0.001), default=50.,
-      help="kimg between log lines (default 50)")
-    a("--snapshot-every", type=number(float, 0, 1e9), default=2500.,
-      help="kimg between checkpoints, each with a grid of samples (default 2500)")
-    a("--keep-every", type=number(float, 0, 1e9), default=0.,
-      help="kimg between copies of ema.pt to keep, ema-KIMG.pt; 0: none (default 0)")
-    a("--sample-steps", type=number(int, 1, 1000), default=18,
-      help="Heun steps of sample.py on this model (default 18)")
+    a("--precision", "auto", "auto: bf16 on a GPU that has it", choices=["auto", "bf16", "fp32"])
+    a("--compile", None, "torch.compile the network, a minute or two (default: on a GPU)",
+      action=argparse.BooleanOptionalAction)
+    a("--log-every", 50., "kimg between log lines", type=number(float, 0.001))
+    a("--snapshot-every", 2500., "kimg between checkpoints and grids", type=number(float, 0, 1e9))
+    a("--keep-every", 0., "kimg between kept copies of ema.pt; 0: none", type=number(float, 0, 1e9))
+    a("--sample-steps", 18, "Heun steps of sample.py on this model", type=number(int, 1, 1000))
     given = p.parse_args(argv)
     stored = options_of_run(p, given) if given.resume else {}
     preset = given.preset or stored.get("preset") or \
@@ -130,18 +113,12 @@ def options(argv=None):
 
 
 def options_of_run(parser, given):
-    """The options that a run has written, as defaults: text, which is checked like a command line.
-    The device is this machine's."""
-    def default(name, v):
-        if isinstance(getattr(given, name), list) or isinstance(v, list):
-            return [int(n) for n in v]
-        return v if v is None or isinstance(v, bool) else str(v)
+    """The options that a run has written, as defaults, but for the device: that of this machine."""
     try:
         stored = json.loads(Path(given.resume, "options.json").read_text())
-        known = stored.keys() & vars(given).keys() - {"device", "out", "resume"}
-        known -= {"bnr"} if stored.get("path") else set()       # which then is no option of its own
-        if stored["preset"] in PRESETS:
-            return {"out": given.resume, **{name: default(name, stored[name]) for name in known}}
+        stored.update(out=given.resume, bnr=None if stored["path"] else stored["bnr"])
+        if stored["preset"] in PRESETS:                         # an older run may have others
+            return {k: v for k, v in stored.items() if k in vars(given) and k != "device"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     parser.error(f"--resume {given.resume}: it holds no run (a readable options.json)")
@@ -160,9 +137,7 @@ def main():
     with process_group(), Parser().one_line_errors(), signals_noted() as signals:
         train(args, signals=signals)
         if rank() == 0 and not signals:
-            ckpt = shlex.quote(f"{args.out}/ema.pt")
-            say(f"python sample.py --ckpt {ckpt}")
-            say(f"python fid.py --ckpt {ckpt} --ref {shlex.quote(args.data)}")
+            say(f"python sample.py --ckpt {shlex.quote(f'{args.out}/ema.pt')}")
     if signals:
         sys.exit(128 + signals[0])
 
@@ -189,8 +164,7 @@ def train(args, data=None, path=None, net=None, signals=()):
             start_from(net, args.init_from, data.classes)
         net = net.to(args.device, memory_format=torch.channels_last).train()
         ema = copy.deepcopy(net).eval().requires_grad_(False)
-        optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=1e-8,
-                                     fused=True)
+        optimizer = torch.optim.Adam(net.parameters(), args.lr, (0.9, 0.999), 1e-8, fused=True)
         run = {"config": config, "data": data.facts(), "options": vars(args)}   # in each checkpoint
         seen = restore(args.out, state, run, net, ema, optimizer) if state else 0
         del state                                               # frees its tensors
@@ -204,12 +178,11 @@ def loop(args, run, data, path, net, ema, optimizer, seen, signals):
     bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda" \
         and torch.cuda.is_bf16_supported(including_emulation=False)
     total = math.ceil(round(args.duration * 1000, 6) / args.batch) * args.batch
-    images = data.images
     if args.compile or args.compile is None and device.type == "cuda":
         compile_or_warn(net.unet, args.compile)
     shared = DistributedDataParallel(net) if world_size() > 1 else net
-    log = begin(args, seen) if rank() == 0 else None
     if rank() == 0:
+        begin(args, seen)
         with shown(signals):
             header(args, run, data, net, seen, bf16)
     bar = tqdm(total=total, initial=seen, unit="img", unit_scale=True, disable=rank() > 0,
@@ -218,7 +191,7 @@ def loop(args, run, data, path, net, ema, optimizer, seen, signals):
     while seen < total and not stopping:
         for group in optimizer.param_groups:                    # a linear warm-up, then constant
             group["lr"] = args.lr * min(1, (seen + args.batch) / max(args.warmup * 1000, 1))
-        batch = draw_batch(args, path, images, data.labels, seen, device)
+        batch = draw_batch(args, path, data.images, data.labels, seen, device)
         history.append(backward(args, shared, batch, seen, bf16))
         check_finite(net, history[-1], seen // args.batch + 1)
         optimizer.step()
@@ -232,19 +205,17 @@ def loop(args, run, data, path, net, ema, optimizer, seen, signals):
         last, passed = seen >= total or stopping, partial(crossed, args, seen)
         snapshot = last or passed(args.snapshot_every, args.keep_every)
         if snapshot or passed(args.log_every):
-            line = summary(args, seen, gathered(history), group["lr"], since)
-            with shown(signals):
-                bar.set_postfix({k: f"{line[k]:.4f}" for k in ("denoise", "deblur")})
+            line = summary(args, seen, history, group["lr"], since)
+            bar.set_postfix({k: line[k] for k in ("denoise", "deblur")}, refresh=False)
             if rank() == 0:
-                with or_a_warning("a log line"):
-                    print(json.dumps(line), file=log, flush=True)
-            history = []
-        if snapshot and rank() == 0:
-            save(args, run, net, ema, optimizer, seen, must=last)
-            if not stopping and not data.latents:
-                draw_grid(args, run, path, ema, seen)
-        if not history:
-            since = time.time()             # what was just written does not count as training time
+                with or_a_warning("a log line"), open(f"{args.out}/log.jsonl", "a") as log:
+                    print(json.dumps(line), file=log)
+            if snapshot and rank() == 0:
+                kimg = f"{seen / 1000:010.3f}".removesuffix(".000")             # 000060, 000060.016
+                save(args, run, net, ema, optimizer, seen, kimg, must=last)
+                if not stopping and not data.latents:
+                    draw_grid(f"{args.out}/grid-{kimg}.png", run, path, ema)
+            history, since = [], time.time()                    # without the time of writing
     with shown(signals):
         bar.close()
     if stopping and rank() == 0:
@@ -301,21 +272,16 @@ def check_finite(net, records, step):
     """Raises UserError before the optimizer spoils the weights. The CPU waits here for the device,
     so a GPU is idle while the next step is prepared: little, beside a step."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
-    losses = records[1:]
-    if not (norm + losses.sum()).isfinite():
-        what = "gradient" if losses.isfinite().all() else "loss"
-        line = by_level(records.cpu())
-        raise UserError(
-            f"the {what} is not finite at step {step}; from low to high levels, denoise is "
-            f"{line['denoise_by_level']} and deblur {line['deblur_by_level']}. The run stops "
-            "before this step: try a lower --lr, or --precision fp32")
+    if not (norm + records[1:].sum()).isfinite():
+        what = "gradient" if records[1:].isfinite().all() else "loss"
+        raise UserError(f"the {what} is not finite at step {step}: {by_level(records.cpu())}. The "
+                        "run stops before this step: try a lower --lr, or --precision fp32")
 
 
-@torch.no_grad()
 def update_ema(args, ema, net, seen):
     half_life = min(args.ema * 1000, seen * 0.05)               # images; EDM's ramp-up
-    share = 1 - 0.5 ** (args.batch / max(half_life, 1e-8))
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), share)
+    decay = 0.5 ** (args.batch / max(half_life, 1e-8))          # ema = decay ema + (1 - decay) net
+    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(net.parameters()), None)
     for kept, current in zip(ema.buffers(), net.buffers()):     # your network may have some
         kept.copy_(current)
 
@@ -326,13 +292,8 @@ def shares_of_batch(args):
     micro = min(args.batch_gpu or share, share)
     if args.batch % world_size() or share % micro:
         raise UserError(f"--batch {args.batch} does not divide into {world_size()} processes of "
-                        f"whole --batch-gpu {micro}")
+                        f"--batch-gpu {micro}")
     return share, micro
-
-
-def kimg_name(args, seen):
-    """000060, or 000000.016 between whole kimg."""
-    return f"{seen // 1000:06d}" if seen % 1000 < args.batch else f"{seen / 1000:010.3f}"
 
 
 def crossed(args, seen, *intervals):
@@ -349,8 +310,8 @@ def parts(args, data, path, net):
     _, c, h, w = data.images.shape
     classes = len(data.classes) if args.cond else 0
     if args.cond and classes < 2:
-        raise UserError(f"--cond needs images of at least two classes, and {data.name} has one"
-                        + (f": {data.no_classes}" if data.no_classes else ""))
+        raise UserError(f"--cond needs images of at least two classes, and {data.name} has one: "
+                        f"{data.no_classes or 'all'}")
     if args.bnr == math.inf and args.param == "noise":
         raise UserError("--param noise needs noise to predict, and --bnr inf has none")
     if net and not any(p.requires_grad for p in net.parameters()):
@@ -360,42 +321,35 @@ def parts(args, data, path, net):
         raise UserError(f"the network has {net.classes} classes and the run {classes}: a network's "
                         "attribute `classes` and --cond go together")
     name, path = type(path).__name__ if path else args.path, path or make_path(args.bnr, args.path)
-    sampling = sampled_along(path)
-    check_path(sampling, h, w)
-    levels = [sampling.levels(t) for t in np.geomspace(*sampling.t_range(h, w), 5).tolist()]
+    check_path(path, h, w)
+    drawn = torch.stack(path.training_levels(1000, h, w))
+    if not (drawn.isfinite() & (drawn >= 0)).all():
+        raise UserError(f"the path {type(path).__name__} is trained at levels that are not finite "
+                        "or below 0: its t is not sigma, so define training_levels, too")
+    levels = torch.stack(levels_of(path, np.geomspace(*path.t_range(h, w), 5)), 1).tolist()
     config = {"bnr": args.bnr, "path": name, "sigma_data": net.sigma_data if net else SIGMA_DATA,
               "param": args.param, "unet": None if net else unet_config(args, c, h, w, classes),
               "colour": data.colour() if levels[-1][1] == 0 else None,          # without noise
-              "levels": [[float(f"{float(v):.6g}") for v in pair] for pair in levels]}
+              "levels": [[float(f"{v:.6g}") for v in pair] for pair in levels]}
     torch.manual_seed(seed_for("weights", args.seed))
-    try:
-        if net is None:
-            net = build(config)
-            net.unet.check(h, w)
-        else:                               # its output is looked at before anything is written
-            where = next(net.parameters()).device
-            with torch.no_grad(), torch.device(where):
-                net.eval()(normalize(data.images[:1]).to(where), *levels[2],
-                           torch.zeros(1, 9) if args.augment else None,
-                           torch.zeros(1, dtype=torch.long) if classes else None)
-    except ValueError as e:
-        raise UserError(e) from None
+    if net is None:
+        net = build(config)
+        net.unet.check(h, w)
+    else:                                   # its output is looked at before anything is written
+        x = torch.zeros(2, c, h, w, device=args.device)
+        with torch.no_grad():
+            net.to(x.device).eval()(x, *levels[2], x.new_zeros(2, 9) if args.augment else None,
+                                    x.new_zeros(2, dtype=torch.long) if classes else None)
     config["answers"] = f"{type(net).__name__}, {net.answers.__qualname__}"
     return path, net, config
-
-
-def sampled_along(path):
-    """The path itself; 0.5 for a network of every ratio, which has none."""
-    return ConstantBNR(0.5) if isinstance(path, AnyBNR) else path
 
 
 def unet_config(args, channels, h, w, classes):
     sides, attention = [max(h, w) >> level for level in range(len(args.mult))], args.attention
     if attention is None:
         attention = [16] if 16 in sides[1:] else sides[-1:]
-    missing = [side for side in attention if side not in sides]
-    if missing:
-        raise UserError(f"--attention {' '.join(map(str, missing))}: the levels have sides of "
+    for side in set(attention) - set(sides):
+        raise UserError(f"--attention {side}: the levels have sides of "
                         f"{', '.join(map(str, sides))}; choose among them, or none")
     unet = dict(in_channels=channels, out_channels=channels * PARAMETERIZATIONS[args.param].heads,
                 channels=args.channels, mult=args.mult, blocks=args.blocks, resolution=max(h, w),
@@ -407,8 +361,8 @@ def unet_config(args, channels, h, w, classes):
 # What a run writes
 
 def begin(args, seen):
-    """Writes the options and returns the log. Its lines after the checkpoint are dropped: they will
-    be written again."""
+    """Writes the options, and drops the lines of the log after the checkpoint: they will be written
+    again."""
     with atomic_write(f"{args.out}/options.json", "w") as f:
         json.dump({k: "inf" if v == math.inf else v for k, v in vars(args).items()}, f, indent=1)
     kept, log = [], Path(args.out, "log.jsonl")
@@ -417,7 +371,6 @@ def begin(args, seen):
             kept += [line + "\n"] if json.loads(line)["kimg"] <= seen / 1000 else []
     with atomic_write(log, "w") as f:
         f.writelines(kept)
-    return open(log, "a")
 
 
 def header(args, run, data, net, seen, bf16):
@@ -426,70 +379,54 @@ def header(args, run, data, net, seen, bf16):
     mean, std = (", ".join(f"{v:.3g}" for v in facts[k]) for k in ("mean", "std"))
     say(f"{facts['name']}: {facts['count']} images of {' x '.join(map(str, facts['shape']))}, "
         f"{str(images.dtype)[6:]} from {images.min():.4g} to {images.max():.4g}; the network sees "
-        f"mean {mean}, standard deviation {std}")
-    if args.cond:
-        names = [f"{name} {n}" for name, n in zip(facts["classes"], facts["counts"])]
-        say(f"{len(names)} classes: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
+        f"mean {mean}, standard deviation {std}; {net.classes or 'no'} classes")
     frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
-    say(f"{sum(p.numel() for p in net.parameters()):,} parameters"
-        f"{f', {frozen:,} of them frozen' if frozen else ''}; "
-        f"{run['config']['path'] or 'BNR ' + str(run['config']['bnr'])}; "
-        f"{args.device}, {'bf16' if bf16 else 'fp32'}; batch {args.batch} as "
-        f"{args.batch // micro} x {micro} in {world_size()} process{'es' * (world_size() > 1)}"
-        f"{f'; resuming at {seen / 1000:g} of {args.duration:g} kimg' if seen else ''}")
+    say(f"{sum(p.numel() for p in net.parameters()):,} parameters, {frozen:,} of them frozen; "
+        f"{run['config']['path'] or 'BNR ' + str(args.bnr)}; {'bf16' if bf16 else 'fp32'}; batch "
+        f"{args.batch} as {args.batch // micro} x {micro} on {world_size()} x {args.device}; "
+        f"from {seen / 1000:g} to {args.duration:g} kimg")
 
 
-def gathered(history):
-    """t and the losses of all processes since the last log line: [3, images] on the CPU."""
-    mine = torch.stack(history)                                 # [steps, 3, share]
+def summary(args, seen, history, lr, since):
+    """A log line: both loss terms of all processes since the last line, and how fast it went."""
+    mine = torch.cat(history, 1)                                # [3, images of this process]
     parts = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(parts, mine) if world_size() > 1 else parts[0].copy_(mine)
-    return torch.cat(parts, 2).transpose(0, 1).flatten(1).cpu()
-
-
-def summary(args, seen, records, lr, since):
-    """A log line: both loss terms since the last line, and how fast it went."""
     seconds = max(time.time() - since, 1e-3)                    # a clock may stand still
-    line = {"kimg": seen / 1000, "step": seen // args.batch, **by_level(records), "lr": lr,
-            "images_per_s": round(records.shape[1] / seconds, 1)}
-    if torch.device(args.device).type == "cuda":
-        line["memory_gb"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
-    return line
+    return {"kimg": seen / 1000, "step": seen // args.batch,
+            **by_level(torch.cat(parts, 1).cpu()), "lr": lr,
+            "images_per_s": round(args.batch * len(history) / seconds, 1)}
 
 
 def by_level(records):
     """[3, n]: t and both terms -> the mean of each term, whole and by quartile of t."""
-    t, *losses = records
-    limits = np.quantile(t.numpy(), [0.25, 0.5, 0.75])
-    quartile = torch.from_numpy(np.searchsorted(limits, t.numpy()))
-    line = {}
-    for name, values in zip(("denoise", "deblur"), losses):
-        line[name] = round(values.mean().item(), 5)
-        line[f"{name}_by_level"] = [round(values[quartile == q].mean().item(), 5)
-                                    if (quartile == q).any() else None for q in range(4)]
+    quarters, line = [i.sort().values for i in records[0].argsort().tensor_split(4)], {}
+    for name, losses in zip(("denoise", "deblur"), records[1:]):
+        line[name] = round(losses.mean().item(), 5)
+        line[f"{name}_by_level"] = [round(losses[i].mean().item(), 5) if len(i) else None
+                                    for i in quarters]
     return line
 
 
-def save(args, run, net, ema, optimizer, seen, must):
+def save(args, run, net, ema, optimizer, seen, kimg, must):
     """state.pt and ema.pt. Where they cannot be saved, UserError if they must, else a warning."""
-    model = {"weights": ema.state_dict(), **run, "seen": seen}
+    run = {**run, "seen": seen}
+    model = {"weights": ema.state_dict(), **run}
     state = {"net": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-             **run, "seen": seen}
+             **run}
     if crossed(args, seen, args.keep_every):
-        save_checkpoints({f"{args.out}/ema-{kimg_name(args, seen)}.pt": model})
+        save_checkpoints({f"{args.out}/ema-{kimg}.pt": model})
     saved = save_checkpoints({f"{args.out}/state.pt": state, f"{args.out}/ema.pt": model})
     if must and not saved:
         raise UserError(f"{args.out}: the last checkpoint could not be saved: make room and start "
                         "the same command again")
 
 
-def draw_grid(args, run, path, ema, seen):
-    path = sampled_along(path)
+def draw_grid(filename, run, path, ema):
     states = generate(ema, path, run["data"]["shape"], range(64), colour=run["config"]["colour"],
                       **fast_solver(path))
     with or_a_warning("a grid"):
-        save_grid(torch.cat([to_uint8(x).cpu() for x in states]),
-                  f"{args.out}/grid-{kimg_name(args, seen)}.png")
+        save_grid(torch.cat([to_uint8(x).cpu() for x in states]), filename)
 
 
 # What a run resumes from
@@ -505,26 +442,23 @@ def resumable(args):
     state = read_checkpoint(filename)
     if not all(isinstance(state.get(k), dict) for k in ("options", "config", "data", "optimizer")):
         raise UserError(f"{filename} is not a state of train.py: choose another --out")
-    before = state["options"]                                   # an old one may lack an option
-    differ = [f"--{k.replace('_', '-')} {before[k]}, not {v}" for k, v in vars(args).items()
-              if k in before and before[k] != v and k not in MAY_CHANGE_ON_RESUMING]
-    if differ:
-        raise UserError(f"{args.out} holds a run with {'; '.join(differ)}: choose another --out, "
-                        "or repeat its options")
+    refuse_other(args.out, state["options"],
+                 {k: v for k, v in vars(args).items() if k not in MAY_CHANGE_ON_RESUMING}, "--")
     return state
+
+
+def refuse_other(out, old, new, of=""):
+    """Raises UserError where a run had other values than now. An old run may lack some."""
+    differ = [f"{of}{k} {old[k]}, not {v}" for k, v in new.items() if k in old and old[k] != v]
+    if differ:
+        raise UserError(f"{out} holds a run with {'; '.join(differ)}: choose another --out, or "
+                        "repeat its options")
 
 
 def restore(out, state, run, net, ema, optimizer):
     """Puts a saved state into the new parts -> the images seen. UserError where it does not fit."""
-    old, new = state["data"], run["data"]
-    known = {"digest"} if "digest" in old else old.keys() & new.keys() - {"name"}
-    if any(old[k] != new[k] for k in known):
-        raise UserError(f"{out} was trained on other images: {old}, and these are {new}")
-    old, new = state["config"], run["config"]
-    differ = [f"{k} {old[k]}, not {new[k]}" for k in new
-              if k in old and old[k] != new[k] and k != "colour"]
-    if differ:                              # only a path or network that the caller has given
-        raise UserError(f"{out} holds a run with {'; '.join(differ)}: choose another --out")
+    refuse_other(out, state["data"], {"digest": run["data"]["digest"]}, "images of ")
+    refuse_other(out, state["config"], {k: v for k, v in run["config"].items() if k != "colour"})
     try:
         net.load_state_dict(state["net"])
         ema.load_state_dict(state["ema"])

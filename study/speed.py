@@ -89,8 +89,8 @@ def prepared(args, data):
                                  fused=True)
     _, micro = train.shares_of_batch(args)
     return SimpleNamespace(
-        args=args, device=device, path=path, sampling=train.sampled_along(path), net=net, seen=0,
-        config=config, ema=copy.deepcopy(net).eval().requires_grad_(False), optimizer=optimizer,
+        args=args, device=device, path=path, net=net, seen=0, config=config,
+        ema=copy.deepcopy(net).eval().requires_grad_(False), optimizer=optimizer,
         images=data.images, labels=data.labels, micro=micro,
         shape=list(data.images.shape[1:]), weights=list(net.parameters()),
         bf16=args.precision != "fp32" and device.type == "cuda"
@@ -232,7 +232,7 @@ def shares(run, repeat):
 def samples(run, net, n):
     c, h, w = run.shape
     latents = torch.randn(n, c, h, w, device=run.device)
-    sample(net, run.sampling, latents, run.args.sample_steps, run.config["colour"])
+    sample(net, run.path, latents, run.args.sample_steps, run.config["colour"])
     return n
 
 

@@ -307,8 +307,7 @@ class Fixed(torch.nn.Module):
                                          (X0Denoiser, (1, 3, 1, 1)), (Denoiser, (2, 6, 8, 9))])
 def test_an_output_of_another_shape_is_refused(kind, shape):
     """Also one that would only broadcast."""
-    words = rf"must be \[2, {3 * kind.heads}, 8, 8\], for {kind.heads} heads on 3 channels, and " \
-            rf"not \[{', '.join(map(str, shape))}\]"
+    words = rf"must be \[2, {3 * kind.heads}, 8, 8\], and not \[{', '.join(map(str, shape))}\]"
     with pytest.raises(UserError, match=words):
         kind(Fixed(torch.zeros(shape)))(torch.zeros(2, 3, 8, 8), 0.5, 1.)
 
@@ -319,7 +318,7 @@ def test_an_output_that_is_not_a_tensor_is_refused():
 
 
 def test_images_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="15 x 16 do not divide by 2"):
+    with pytest.raises(UserError, match="15 x 16 do not divide by 2"):
         UNet(3, 6, **SMALL)(torch.zeros(1, 3, 15, 16), torch.zeros(1))
 
 
@@ -402,10 +401,10 @@ def test_a_config_builds_what_it_says():
 
 def test_a_config_that_makes_no_sense_is_refused():
     unet = CONFIG["unet"]
-    for config, error, words in (({**CONFIG, "sigma_data": 0}, ValueError, "sigma_data"),
+    for config, error, words in (({**CONFIG, "sigma_data": 0}, UserError, "sigma_data"),
                                  ({**CONFIG, "param": "score"}, KeyError, "score"),
-                                 ({**CONFIG, "unet": {**unet, "blocks": 99}}, ValueError, "blocks"),
-                                 ({**CONFIG, "unet": {**unet, "mult": [1] * 13}}, ValueError,
+                                 ({**CONFIG, "unet": {**unet, "blocks": 99}}, UserError, "blocks"),
+                                 ({**CONFIG, "unet": {**unet, "mult": [1] * 13}}, UserError,
                                   "mult")):
         with pytest.raises(error, match=words):
             build(config)
@@ -447,7 +446,7 @@ class Own(torch.nn.Module):
         return self.layers(x)
 
 
-def test_a_network_of_ones_own_loads_and_starts_another(tmp_path):
+def test_a_network_of_ones_own_loads(tmp_path):
     old, x = Denoiser(Own(), sigma_data=0.3), torch.randn(2, 3, 16, 16)
     old.train()(x, 0.5, 1.)                                     # moves the buffers
     expected = old.eval()(x, 0.5, 1.)
@@ -466,14 +465,8 @@ def test_a_network_of_ones_own_loads_and_starts_another(tmp_path):
     with pytest.raises(UserError, match="of another kind, NoiseDenoiser"):
         load_model(tmp_path / "other.pt", net=given)
     load_model(tmp_path / "other.pt", net=NoiseDenoiser(Own()))
-
-    new = Denoiser(Own(), sigma_data=0.3)
-    start_from(new, file)
-    assert new.training and all(p.requires_grad for p in new.parameters())
-    torch.testing.assert_close(new.eval()(x, 0.5, 1.), expected)
-    for other in (Denoiser(Own()), Denoiser(UNet(3, 6, **SMALL))):
-        with pytest.raises(UserError, match="does not fit this network: .*sigma_data|of your own"):
-            start_from(other, file)
+    with pytest.raises(UserError, match="of your own: give that one to load_model"):
+        start_from(Denoiser(Own(), sigma_data=0.3), file)
 
 
 def test_layers_that_are_new_add_nothing_at_first(tmp_path):
@@ -514,8 +507,7 @@ def test_what_does_not_fit_is_named(tmp_path, old, new, words):
                  **old)
     nets = {words: Denoiser(UNet(3, 6, **{**SMALL, **new})),
             "--param or sigma_data": NoiseDenoiser(UNet(3, 6, **SMALL)),
-            "is another": Denoiser(UNet(3, 6, **SMALL), sigma_data=0.3)}
+            "sigma_data differs": Denoiser(UNet(3, 6, **SMALL), sigma_data=0.3)}
     for reason, net in nets.items():
-        with pytest.raises(UserError, match=rf"ema.pt does not fit this network: .*{reason}.*; its "
-                                            "config is .*'channels': 16"):
+        with pytest.raises(UserError, match=f"ema.pt does not fit this network: .*{reason}"):
             start_from(net, file)

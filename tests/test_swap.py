@@ -1,5 +1,7 @@
 """The README's section "To swap a part", from outside, each part in a few lines of the user's."""
+import argparse
 import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -135,6 +137,56 @@ def test_a_path_is_checked_before_anything_is_written(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def parts_of_the_page():
+    """The classes of docs/own-parts.md: Tangent, a path up to t = 1, and FromDiffusers."""
+    lines = (ROOT / "docs/own-parts.md").read_text().splitlines()
+    code = "\n".join(line[4:] for line in lines if line.startswith("    ") or not line)
+    found = {"Path": degrade.Path, "math": math, "torch": torch}
+    exec(code, found)
+    return found["Tangent"], found["FromDiffusers"]
+
+
+def test_a_path_in_a_parameter_of_its_own(tmp_path, monkeypatch):
+    """The default training levels go beyond t = 1, where sigma is below 0 and training would not
+    notice; and so does churn."""
+    tangent, _ = parts_of_the_page()
+    ema = train.train(options(tmp_path / "run"), noise_images(), tangent())
+    x = four_samples(ema, tangent())
+    same = four_samples(ema, degrade.ConstantBNR(0.5))
+    torch.testing.assert_close(x, same, rtol=1e-4, atol=1e-4)   # EDM's steps, in sigma
+    with pytest.raises(ValueError, match="churn climbs to t = 1.4"):
+        list(generate(ema, tangent(), (3, 8, 8), range(4), steps=2, churn=2.))
+    monkeypatch.delattr(tangent, "training_levels")
+    with pytest.raises(UserError, match="the path Tangent is trained at .* training_levels"):
+        train.train(options(tmp_path / "other"), noise_images(), tangent())
+    assert not (tmp_path / "other").exists()
+
+
+class Answer(torch.nn.Module):
+    """Like one of diffusers' networks: it takes steps up to 1000 and answers an object."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.steps = torch.nn.Conv2d(3, 6, 1), []
+
+    def forward(self, x, step, label=None):
+        self.steps += step.tolist()
+        return argparse.Namespace(sample=self.conv(x))
+
+
+def test_a_network_that_answers_an_object(tmp_path):
+    _, wrapper = parts_of_the_page()
+    wrong = Answer()
+    wrong.forward = lambda x, c_noise, augment=None, label=None: argparse.Namespace(sample=x)
+    with pytest.raises(UserError, match="must be .*, and not Namespace"):
+        train.train(options(tmp_path / "run"), noise_images(), net=Denoiser(wrong))
+    assert not (tmp_path / "run").exists()
+    net = Denoiser(wrapper(Answer()))
+    four_samples(train.train(options(tmp_path / "run"), noise_images(), net=net),
+                 degrade.ConstantBNR(0.5))
+    assert -1600 < min(net.unet.net.steps) < -300 and 0 < max(net.unet.net.steps) < 1200
+
+
 def test_the_ema_has_the_networks_buffers(tmp_path):
     net = small_cnn()
     net.unet.insert(1, torch.nn.BatchNorm2d(16))
@@ -206,7 +258,7 @@ def test_an_own_script_under_torchrun_trains_once(tmp_path):
                            "--standalone", "own.py"], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("parameters") == 1 and "batch 4 as 2 x 2 in 2 processes" in done.stdout
+    assert done.stdout.count("parameters") == 1 and "batch 4 as 2 x 2 on 2 x cpu" in done.stdout
     assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 1
 
 
@@ -249,7 +301,7 @@ def test_the_levels_of_a_path_and_the_images_are_compared_on_resuming(tmp_path):
     images.images[[0, 1]] = images.images[[1, 0]]
     labels.labels[[0, 1]] = labels.labels[[1, 0]]
     for other in (images, labels):
-        with pytest.raises(UserError, match="was trained on other images"):
+        with pytest.raises(UserError, match="a run with images of digest"):
             train.train(options(tmp_path, 0.032), other, degrade.ConstantBNR(2))
     images = noise_images()
     images.name = "moved"
