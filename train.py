@@ -71,7 +71,7 @@ def options(argv=None):
     a("--cond", False, "class-conditional; a class is a folder of images", action="store_true")
     a("--preset", None, "recipe (default: cifar10 for cifar10, else tiny)", choices=PRESETS)
     a("--out", "run", "folder of checkpoints, log and grids; one that holds a run resumes it")
-    a("--resume", None, "go on with the run in this folder, with its own options but for those given",
+    a("--resume", None, "go on with the run in this folder, and its options but for those given",
       metavar="RUN")
     a("--batch", 512, "images per step, over all GPUs and accumulation", type=number(int, 1))
     a("--batch-gpu", None, "images at a time on a GPU (default: its share)", type=number(int, 1))
