@@ -135,8 +135,8 @@ def compute(args, cells):
 
 def pairs(cells, value, bnr=0.5, **key):
     """value(cell at bnr) - value(cell at 0) for each seed that has both."""
-    hot = {c["seed"]: value(c) for c in matching(cells, bnr=0, **key)}
-    return [value(c) - hot[c["seed"]] for c in matching(cells, bnr=bnr, **key) if c["seed"] in hot]
+    hot, warm = ({c["seed"]: value(c) for c in matching(cells, bnr=b, **key)} for b in (0, bnr))
+    return [warm[seed] - hot[seed] for seed in sorted(hot.keys() & warm.keys())]
 
 
 def interval(differences):
