@@ -284,7 +284,7 @@ def test_arrays_are_read_with_their_labels_and_named(tmp_path, monkeypatch):
 
     np.savez("two.npz", x_test=x[:4], x_train=x, y_test=y[:4], y_train=y)
     with pytest.raises(UserError, match=r"two.npz holds x_test uint8 \[4, 8, 8, 3\], x_train uint8 "
-                                        r"\[6, .* give one, as two.npz:x"):
+                                        r"\[6, .* give one, as two.npz:NAME"):
         load("two.npz")
     assert load("two.npz:x_test").labels.tolist() == [0, 1, 0, 2]
     assert load("two.npz:x_train").name == "two.npz:x_train"
