@@ -85,7 +85,7 @@ def printable(text):
 
 def reason(error):
     """What an exception says, in one line. Python's own words for a damaged file say nothing."""
-    if isinstance(error, (AttributeError, KeyError, TypeError)):
+    if isinstance(error, (ArithmeticError, AttributeError, LookupError, TypeError)):
         return "a part of it is missing or damaged"
     return " ".join(str(error).split())[:200]
 
