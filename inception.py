@@ -28,18 +28,18 @@ class InceptionV3(nn.Module):
         super().__init__()
         self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = Conv(3, 32, 3, 2, 0), Conv(32, 32, 3, 1, 0)
         self.Conv2d_2b_3x3, self.Conv2d_3b_1x1 = Conv(32, 64, 3), Conv(64, 80)
-        self.Conv2d_4a_3x3, self.Mixed_5b = Conv(80, 192, 3, 1, 0), InceptionA(192, 32)
-        self.Mixed_5c, self.Mixed_5d = InceptionA(256, 64), InceptionA(288, 64)
-        self.Mixed_6a, self.Mixed_6b = InceptionB(), InceptionC(128)
-        self.Mixed_6c, self.Mixed_6d = InceptionC(160), InceptionC(160)
-        self.Mixed_6e, self.Mixed_7a = InceptionC(192), InceptionD()
-        self.Mixed_7b, self.Mixed_7c = InceptionE(1280, average_pool), InceptionE(2048, max_pool)
+        self.Conv2d_4a_3x3, self.Mixed_5b = Conv(80, 192, 3, 1, 0), inception_a(192, 32)
+        self.Mixed_5c, self.Mixed_5d = inception_a(256, 64), inception_a(288, 64)
+        self.Mixed_6a, self.Mixed_6b = inception_b(), inception_c(128)
+        self.Mixed_6c, self.Mixed_6d = inception_c(160), inception_c(160)
+        self.Mixed_6e, self.Mixed_7a = inception_c(192), inception_d()
+        self.Mixed_7b, self.Mixed_7c = inception_e(1280, average_pool), inception_e(2048, max_pool)
         self.fc = nn.Linear(2048, 1008)                         # in the file; FID does not use it
 
     def forward(self, images, resize="tf1"):
         if images.dtype != torch.uint8 or images.shape[1] not in (1, 3):
-            raise UserError("FID needs uint8 images of 1 or 3 channels, not "
-                            f"{images.dtype} of {images.shape[1]}".replace("torch.", ""))
+            raise UserError("FID needs images of 1 or 3 channels, torch.uint8, not of "
+                            f"{images.shape[1]}, {images.dtype}")
         x = images.to(self.fc.weight.device).float().expand(-1, 3, -1, -1)
         if resize == "tf1":
             x = (resize_tf1_along(resize_tf1_along(x, 2), 3) - 128) / 128
@@ -115,66 +115,58 @@ class Branches(nn.Module):
         return x
 
 
-class InceptionA(Branches):
-    def __init__(self, cin, pooled):
-        super().__init__(
-            branch1x1=[Conv(cin, 64)],
-            branch5x5=[Conv(cin, 48), Conv(48, 64, 5)],
-            branch3x3dbl=[Conv(cin, 64), Conv(64, 96, 3), Conv(96, 96, 3)],
-            branch_pool=[average_pool, Conv(cin, pooled)])
+def inception_a(cin, pooled):
+    return Branches(
+        branch1x1=[Conv(cin, 64)],
+        branch5x5=[Conv(cin, 48), Conv(48, 64, 5)],
+        branch3x3dbl=[Conv(cin, 64), Conv(64, 96, 3), Conv(96, 96, 3)],
+        branch_pool=[average_pool, Conv(cin, pooled)])
 
 
-class InceptionB(Branches):
-    def __init__(self):
-        super().__init__(
-            branch3x3=[Conv(288, 384, 3, 2, 0)],
-            branch3x3dbl=[Conv(288, 64), Conv(64, 96, 3), Conv(96, 96, 3, 2, 0)],
-            branch_pool=[half_size_pool])
+def inception_b():
+    return Branches(
+        branch3x3=[Conv(288, 384, 3, 2, 0)],
+        branch3x3dbl=[Conv(288, 64), Conv(64, 96, 3), Conv(96, 96, 3, 2, 0)],
+        branch_pool=[half_size_pool])
 
 
-class InceptionC(Branches):
-    def __init__(self, c):
-        super().__init__(
-            branch1x1=[Conv(768, 192)],
-            branch7x7=[Conv(768, c), Conv(c, c, (1, 7)), Conv(c, 192, (7, 1))],
-            branch7x7dbl=[Conv(768, c), Conv(c, c, (7, 1)), Conv(c, c, (1, 7)),
-                          Conv(c, c, (7, 1)), Conv(c, 192, (1, 7))],
-            branch_pool=[average_pool, Conv(768, 192)])
+def inception_c(c):
+    return Branches(
+        branch1x1=[Conv(768, 192)],
+        branch7x7=[Conv(768, c), Conv(c, c, (1, 7)), Conv(c, 192, (7, 1))],
+        branch7x7dbl=[Conv(768, c), Conv(c, c, (7, 1)), Conv(c, c, (1, 7)),
+                      Conv(c, c, (7, 1)), Conv(c, 192, (1, 7))],
+        branch_pool=[average_pool, Conv(768, 192)])
 
 
-class InceptionD(Branches):
-    def __init__(self):
-        super().__init__(
-            branch3x3=[Conv(768, 192), Conv(192, 320, 3, 2, 0)],
-            branch7x7x3=[Conv(768, 192), Conv(192, 192, (1, 7)), Conv(192, 192, (7, 1)),
-                         Conv(192, 192, 3, 2, 0)],
-            branch_pool=[half_size_pool])
+def inception_d():
+    return Branches(
+        branch3x3=[Conv(768, 192), Conv(192, 320, 3, 2, 0)],
+        branch7x7x3=[Conv(768, 192), Conv(192, 192, (1, 7)), Conv(192, 192, (7, 1)),
+                     Conv(192, 192, 3, 2, 0)],
+        branch_pool=[half_size_pool])
 
 
-class InceptionE(Branches):
-    def __init__(self, cin, pool):          # the original's two blocks have different pools
-        super().__init__(
-            branch1x1=[Conv(cin, 320)],
-            branch3x3=[Conv(cin, 384), (Conv(384, 384, (1, 3)), Conv(384, 384, (3, 1)))],
-            branch3x3dbl=[Conv(cin, 448), Conv(448, 384, 3),
-                          (Conv(384, 384, (1, 3)), Conv(384, 384, (3, 1)))],
-            branch_pool=[pool, Conv(cin, 192)])
+def inception_e(cin, pool):                  # the original's two blocks have different pools
+    return Branches(
+        branch1x1=[Conv(cin, 320)],
+        branch3x3=[Conv(cin, 384), (Conv(384, 384, (1, 3)), Conv(384, 384, (3, 1)))],
+        branch3x3dbl=[Conv(cin, 448), Conv(448, 384, 3),
+                      (Conv(384, 384, (1, 3)), Conv(384, 384, (3, 1)))],
+        branch_pool=[pool, Conv(cin, 192)])
 
 
 def load_inception(weights=None, device="cpu", folder="data"):
     """The network and the SHA-256 of its weights file, which is fetched once into folder.
     weights: instead, a file of the same layout. Raises UserError."""
-    name = WEIGHTS_URL.rsplit("/", 1)[1]
-    path = Path(weights or fetch(WEIGHTS_URL, Path(folder, name), "sha256", WEIGHTS_SHA256,
-                                 "or name a file with --weights"))
+    path = Path(weights or fetch(WEIGHTS_URL, Path(folder, WEIGHTS_URL.rsplit("/", 1)[1]),
+                                 WEIGHTS_SHA256, ", or name a file with --weights"))
     refuse_special(path)
     net = InceptionV3()
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
     except Exception as e:                                      # zip, pickle and torch differ
-        raise UserError(f"{path} does not have the layout of the published weights: "
-                        f"{reason(e)}") from None
+        raise UserError(f"{path} is no file of weights in the published layout: {reason(e)}") \
+            from None
     net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return net, hashlib.sha256(path.read_bytes()).hexdigest()
