@@ -2,23 +2,20 @@
 
     python degrade.py                    # draws the forward process as a film strip, degrade.png
     python degrade.py --image cat.png    # the same with your own image
-
-Equation numbers are those of the README.
 """
 import math
 from functools import lru_cache
 
 import torch
 
-from util import Parser, UserError, film_strip, normalize, number, read_image
+from util import Parser, UserError, normalize, read_image, save_grid, to_uint8
 
 
 def degrade(x0, alpha, sigma, noise):
     """Equation (1): blur by alpha pixels, then add noise of standard deviation sigma.
 
-    x0, noise [B, C, H, W], x0 in [-1, 1], noise unit normal; alpha, sigma >= 0, each a
-    number, 0-d or [B].
-    Returns x and the blurry image without noise, both [B, C, H, W].
+    x0, noise [B, C, H, W], x0 in [-1, 1], noise unit normal; alpha, sigma >= 0, each a number, 0-d
+    or [B]. Returns x and the blurry image without noise, both [B, C, H, W].
     """
     blurry = blur(x0, alpha)
     return blurry + expand_level(sigma, blurry) * noise, blurry                 # (1)
@@ -29,7 +26,8 @@ def blur(x, alpha):
 
     x [..., H, W]; alpha a number, 0-d or [B]. Returns float64 for float64 and else float32.
     """
-    return idct2(attenuation(alpha, x) * dct2(x.double())).to(float_type(x))
+    blurry = idct2(attenuation(alpha, x) * dct2(x.double()))
+    return blurry.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def attenuation(alpha, x):
@@ -45,14 +43,15 @@ def attenuation(alpha, x):
 class Path:
     """A curve alpha(t), sigma(t) in the plane of levels, and the law of its training levels.
 
-    A path of your own defines `levels` and inherits the rest, or defines all three methods. t is
-    any parameter: 0 at the image, and neither alpha nor sigma falls as it rises. check_path looks.
+    A path of your own defines `levels` and inherits the rest; where its t is not sigma, it defines
+    t_range, too. It is trained and sampled along sigma, whatever its t is. check_path looks at it.
     """
-    P_mean, P_std = -1.2, 1.2                                   # of ln t in training (EDM)
+    P_mean, P_std = -1.2, 1.2                                   # of ln sigma in training (EDM)
 
     def levels(self, t):
         """t, a tensor -> alpha, blur in pixels, and sigma, noise in image units: tensors like t, or
-        numbers where they do not depend on it. sigma may be 0 above t = 0 only if it always is."""
+        numbers where they do not depend on it. Both are 0 at t = 0. As t rises, sigma rises, or is
+        always 0 while alpha rises; alpha does not fall."""
         raise NotImplementedError
 
     def t_range(self, h, w):
@@ -64,19 +63,19 @@ class Path:
         ln_t = self.P_mean + self.P_std * torch.randn(n, device=device)         # (9)
         t = torch.exp(ln_t)
         return tuple(torch.as_tensor(v, dtype=t.dtype, device=device).expand(n)
-                     for v in self.levels(t))
+                     for v in along_sigma(self, h, w).levels(t))
 
 
 class ConstantBNR(Path):
     """One blur-to-noise ratio throughout, the paper's choice: t = sigma, alpha = BNR sigma.
 
-    BNR 0 is hot (only noise: EDM), 0.5 is the paper's best. ValueError below 0, for inf and NaN.
+    BNR 0 is hot (only noise: EDM), 0.5 is the paper's best. UserError for no number of 0 to 1e6.
     """
 
     def __init__(self, bnr):
+        if not isinstance(bnr, (int, float)) or not 0 <= bnr <= 1e6:
+            raise UserError(f"BNR must be a number from 0 to 1e6, not {bnr!r}")
         self.bnr = float(bnr)
-        if not 0 <= self.bnr < math.inf:
-            raise ValueError(f"BNR must be a number of at least 0, not {bnr}")
 
     def levels(self, t):
         return self.bnr * t, t
@@ -121,18 +120,14 @@ class AnyBNR(ConstantBNR):
 
 def make_path(bnr, name=None):
     """The path of a checkpoint or a command line. bnr: a number, inf or "any"; name: "blurring"
-    instead of a ratio. ValueError for anything else."""
-    if name is not None:
-        if name != "blurring":
-            raise ValueError(f"the path {name!r} is not one of this project's")
+    instead of a ratio. UserError for anything else."""
+    if name == "blurring":
         return BlurringPath()
+    if name is not None:
+        raise UserError(f"the path {name!r} is not one of this project's")
     if bnr == "any":
         return AnyBNR()
-    if bnr == math.inf:
-        return ColdPath()
-    if type(bnr) not in (int, float) or not 0 <= bnr <= 1e6:
-        raise ValueError(f"BNR must be a number from 0 to 1e6, inf or any, not {bnr!r}")
-    return ConstantBNR(bnr)
+    return ColdPath() if bnr == math.inf else ConstantBNR(bnr)
 
 
 def levels_of(path, t):
@@ -144,25 +139,50 @@ def levels_of(path, t):
 
 def check_path(path, h, w):
     """Raises UserError, with one line, for a path that breaks the contract of Path. It is looked at
-    on a grid of t for images of h x w."""
+    on a grid of t for images of h x w, and some training levels are drawn."""
+    if isinstance(path, type):
+        raise UserError(f"{path.__name__} is a class: give a path, {path.__name__}()")
     try:
         low, high = map(float, path.t_range(h, w))
         t = torch.linspace(math.log(low), math.log(high), 500, dtype=torch.float64).exp()
-        alpha, sigma = levels_of(path, torch.cat([torch.zeros(1), t]))
-        wrong = {
-            "t_range must rise, from above 0": not low < high < math.inf,
-            "alpha and sigma must be finite and at least 0":
-                not all(v.isfinite().all() and (v >= 0).all() for v in (alpha, sigma)),
-            "at t = 0 there must be no blur and no noise": alpha[0] or sigma[0],
-            "alpha and sigma must not fall as t rises":
-                any((v.diff() < -1e-9 * v.max()).any() for v in (alpha, sigma)),
-            "sigma may be 0 above t = 0 only where it always is":
-                sigma.any() and not sigma[1:].all(),
-            "above t = 0 there must be blur or noise": not (alpha + sigma)[1:].all()}
+        alpha, sigma = levels_of(path, torch.cat([torch.zeros(1), t]))          # [501] each
+        with torch.random.fork_rng(devices=[]):
+            drawn = torch.stack(path.training_levels(1000, h, w))               # [2, 1000]
+        rules = {
+            "t_range must rise, from above 0": low < high < math.inf,
+            "at t = 0 there must be no blur and no noise": not (alpha[0] or sigma[0]),
+            "alpha and sigma must be finite": (alpha + sigma).isfinite().all(),
+            "alpha must not fall as t rises": (alpha.diff() >= -1e-9 * alpha.max()).all(),
+            "sigma must rise with t, or be 0 throughout while alpha rises":
+                (time_of(alpha, sigma).diff() > 0).all() and (sigma[1:].all() or not sigma.any()),
+            "training_levels must be alpha and sigma, [n] each, finite, not below 0, not both 0":
+                drawn.shape == (2, 1000) and (drawn.isfinite() & (drawn >= 0)).all()
+                and drawn.any(0).all()}
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as e:
-        wrong = {f"t_range or levels of a tensor fails ({' '.join(str(e).split())})": True}
-    for reason in (text for text, found in wrong.items() if found):
-        raise UserError(f"the path {type(path).__name__} cannot be used: {reason}")
+        rules = {f"t_range, levels or training_levels fails ({' '.join(str(e).split())})": False}
+    for rule in (rule for rule, kept in rules.items() if not kept):
+        raise UserError(f"the path {type(path).__name__} cannot be used: {rule}")
+
+
+def along_sigma(path, h, w):
+    """A path whose t is another parameter than time_of, with that for its t; any other path as it
+    is. So one curve has the same levels in training and the same steps, whatever its t is."""
+    t = torch.linspace(*map(math.log, path.t_range(h, w)), 9, dtype=torch.float64).exp()
+    values = time_of(*levels_of(path, t))
+    if torch.equal(values, t):
+        return path
+
+    def levels(value):
+        below = torch.zeros_like(torch.as_tensor(value, dtype=torch.float64))
+        above = torch.full_like(below, t[-1])
+        for _ in range(100):                                    # bisection
+            middle = (below + above) / 2
+            short = time_of(*levels_of(path, middle)) < value
+            below, above = torch.where(short, middle, below), torch.where(short, above, middle)
+        return levels_of(path, below)
+    same = Path()
+    same.levels, same.t_range = levels, lambda h, w: (values[0].item(), values[-1].item())
+    return same
 
 
 def time_of(alpha, sigma):
@@ -174,13 +194,13 @@ def dct2(x):
     """The orthonormal two-dimensional DCT-II of [..., H, W]: V^T x. float64 for float64, else
     float32. The products run in float64: autocast and TF32 would spoil the third digit."""
     columns, rows = cosines(x.shape[-2], x.device), cosines(x.shape[-1], x.device)
-    return (columns @ x.double() @ rows.T).to(float_type(x))
+    return (columns @ x.double() @ rows.T).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def idct2(u):
     """The inverse of dct2: V u."""
     columns, rows = cosines(u.shape[-2], u.device), cosines(u.shape[-1], u.device)
-    return (columns.T @ u.double() @ rows).to(float_type(u))
+    return (columns.T @ u.double() @ rows).to(torch.promote_types(u.dtype, torch.float32))
 
 
 @lru_cache(maxsize=None)
@@ -203,17 +223,12 @@ def frequencies(h, w, device=None):
 
 
 def expand_level(level, x, dtype=None):
-    """A level (number, 0-d or [B]) as a tensor that broadcasts over images: 0-d or [B, 1, 1, 1].
-    It has the device of x and dtype, or x's."""
+    """A level (number, 0-d or [B]) -> 0-d or [B, 1, 1, 1], on x's device, of dtype or else x's."""
     level = torch.as_tensor(level, dtype=dtype or x.dtype, device=x.device)
     return level.reshape(-1, 1, 1, 1) if level.ndim else level
 
 
-def float_type(x):
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def three_discs(n):
+def three_discs(n=32):
     """A test image for the film strip: overlapping discs of flat colours, [1, 3, n, n]."""
     pixel = (torch.arange(n) + 0.5) / n
     x0 = torch.tensor([-0.7, -0.5, -0.1])[:, None, None].repeat(1, n, n)
@@ -227,28 +242,22 @@ def three_discs(n):
 def main():
     p = Parser(description="Draw the forward process: blur alone, and with the noise over it, for "
                            "four BNRs (rows) at growing levels t (columns).")
-    p.add_argument("--image", help="an image of your own (default: three discs)")
-    p.add_argument("--resolution", type=number(int, 2, 1024), default=32,
-                   help="its side in pixels (default 32)")
-    p.add_argument("--out", default="degrade.png", help="the film strip (default degrade.png)")
+    p.add_argument("--image", help="an image of your own, made 32 x 32 (default: three discs)")
+    p.add_argument("--out", default="degrade.png", help="the picture (default degrade.png)")
     args = p.parse_args()
     with p.one_line_errors():
-        x0 = three_discs(args.resolution)
-        if args.image:
-            x0 = normalize(read_image(args.image, 3, args.resolution, args.resolution))
+        x0 = normalize(read_image(args.image, 3, 32, 32)) if args.image else three_discs()
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
-        times = [0, 0.1, 0.2, 0.4, 0.7, 1, 2, 4, 8, 16]
-        rows = []
+        times = torch.tensor([0, 0.1, 0.2, 0.4, 0.7, 1, 2, 4, 8, 16])
+        rows = []                                                               # [10, 3, 32, 32]
         for bnr in (0, 0.5, 2, math.inf):
-            levels = [make_path(bnr).levels(t) for t in times]
-            pairs = [degrade(x0, alpha, sigma, noise) for alpha, sigma in levels]
-            rows.append((f"BNR {bnr}", [blurry[0] for _, blurry in pairs]))
+            x, blurry = degrade(x0, *make_path(bnr).levels(times), noise)
+            rows.append(blurry)
             if bnr != math.inf:             # divided by sqrt(1 + sigma^2), or the noise would clip
-                rows.append(("  + noise", [x[0] / math.sqrt(1 + sigma ** 2)
-                                           for (x, _), (_, sigma) in zip(pairs, levels)]))
-        film_strip(rows, [f"t = {t}" for t in times], args.out)
-        print(f"{args.out}: for each BNR the blurry image and, below it, the same with noise; "
-              "t is sigma, and for BNR inf the blur in pixels")
+                rows.append(x / expand_level((1 + times ** 2).sqrt(), x))
+        save_grid(to_uint8(torch.cat(rows)), args.out, columns=len(times))
+        print(f"{args.out}: rows: BNR 0, 0.5 and 2, each without and with noise, and inf; columns: "
+              f"t = {', '.join(f'{t:.3g}' for t in times)}; t is sigma, for inf the blur in pixels")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The loss: one term for the denoising head, one for the deblurring head, equations (9) and (10).
 
-train.py calls it; its minimum is a closed form, which tests/test_loss.py checks. Equation numbers
-are those of the README.
+train.py calls it; its minimum is a closed form, which tests/test_loss.py checks.
 """
 import torch
 

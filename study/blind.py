@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from degrade import ColdPath, cosines, degrade
 from model import load_model
-from sample import evaluate, noise_estimate, sampling_path, seed_noise, solve, step, time_steps
+from sample import evaluate, sampling_path, solve, step, time_steps
 from study.common import (REFERENCES, Cells, Measure, deviation, digest, groups, load_once,
-                          matching, mean, parser, plotted, references, top_bands)
-from util import UserError, add_device_option, full_float32, normalize, number, seed_for, to_uint8
+                          matching, mean, parser, plotted, references, seed_noise, top_bands)
+from util import UserError, add_device_option, normalize, number, seed_for, to_uint8
 
 LEVELS = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.3, 1., 3., 10., 80.]     # where readers are tested
 HELD_OUT = 1000                                 # images that the reader is not trained on, at most
@@ -139,12 +139,11 @@ def solve_blind(net, read, path, x, times, watch=None):
         s = t * (s_told / t_told)                               # [B]
         if watch:
             watch(t_told, t)
-        d, r = evaluate(net, path, x, t)
-        x0_hat, n_hat = d + r, noise_estimate(x, d, t, path)
+        d, r, n_hat = evaluate(net, path, x, t)
+        x0_hat = d + r
         x_s = step(x, x0_hat, n_hat, t, s, path)                                # (3)
         if s_told > 0:
-            d, r = evaluate(net, path, x_s, s)
-            n_s = noise_estimate(x_s, d, s, path)
+            d, r, n_s = evaluate(net, path, x_s, s)
             x_s = step(x, (x0_hat + d + r) / 2, (n_hat + n_s) / 2, t, s, path)  # (3)
         x = x_s
     return x
@@ -324,7 +323,6 @@ def draw_plot(cells):
 def main():
     p, args = options()
     with p.one_line_errors():
-        full_float32()
         cells = Cells(args, "blind")
         if not args.plot_only:
             compute(args, cells)

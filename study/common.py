@@ -36,7 +36,7 @@ from fid import frechet_distance
 from inception import load_inception
 from model import load_model
 from sample import generate, sampling_path
-from util import (Parser, UserError, atomic_write, compile_or_warn, full_float32, signals_noted,
+from util import (Parser, UserError, atomic_write, compile_or_warn, signals_noted,
                   to_uint8)
 
 RESULTS = Path(__file__).parent / "results"
@@ -190,7 +190,6 @@ def precision(device):
 def drawn(checkpoint_file, seeds, device="cpu", batch=None, bnr=None, path=None, compiled=False,
           **options):
     """uint8 [N, C, H, W]: the samples of these seeds. bnr, path: as sample.py takes them."""
-    full_float32()
     net, checkpoint = loaded(checkpoint_file, device, compiled)
     batch = batch or (125 if torch.device(device).type == "cpu" else 500)
     curve = sampling_path(checkpoint, bnr, path)
@@ -199,6 +198,14 @@ def drawn(checkpoint_file, seeds, device="cpu", batch=None, bnr=None, path=None,
                       **options)
     total = math.ceil(len(seeds) / batch)
     return torch.cat([to_uint8(x).cpu() for x in tqdm(states, "sampling", total)])
+
+
+def seed_noise(seeds, shape):
+    """A function that returns float64 unit normals [len(seeds), *shape]: the noise that
+    sample.generate draws for these seeds."""
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    return lambda: torch.stack([torch.randn(shape, generator=g, dtype=torch.float64)
+                                for g in generators])
 
 
 def steps_of(solver, nfe):

@@ -18,7 +18,7 @@ from fid import frechet_distance
 from model import load_model
 from sample import generate, sampler, sampler_options, sampling_path
 from study.common import Cells, digest, groups, parser, plotted
-from util import UserError, full_float32, normalize, number
+from util import UserError, normalize, number
 
 DIRECTIONS = 8                                  # in each octave of frequency
 
@@ -36,8 +36,6 @@ def options():
     a("--batch", type=number(int, 1), default=250, help="samples at a time (default 250)")
     sampler_options(p)
     args = p.parse_args()
-    if args.bnr and args.path:
-        p.error("--bnr and --path are two ways to choose the path: give one of them")
     if args.quick:
         args.samples, args.steps = 100, 3
     return p, args
@@ -103,7 +101,6 @@ def moments(x):
 
 def compute(args, cells):
     """The cells of the paths that are asked for."""
-    full_float32()
     net, checkpoint = load_model(args.ckpt, args.device, args.precision, args.compile)
     sampling, nfe = sampler(args, net, checkpoint)
     trained = checkpoint["options"]

@@ -26,11 +26,11 @@ from degrade import ConstantBNR, blur, dct2, frequencies, idct2
 from fid import frechet_distance
 from inception import InceptionV3, load_inception
 from model import Denoiser, load_model
-from sample import sample, sampling_path, seed_noise, time_steps
-from study.common import steps_of
+from sample import sample, sampling_path, time_steps
+from study.common import seed_noise, steps_of
 from train import options as train_options
 from train import train
-from util import Parser, UserError, full_float32, number
+from util import Parser, UserError, number
 
 ALPHAS = (0.2, 0.3, 0.5, 1, 3, 40)              # in pixels
 EVALUATIONS = (8, 12, 18, 35)
@@ -452,7 +452,6 @@ def main():
         p.error(f"the parts are {', '.join(parts)}")
     warnings.simplefilter("ignore")             # of others; ours are lines of text
     with p.one_line_errors():
-        full_float32()
         try:
             for part in args.parts or parts:
                 parts[part](args)

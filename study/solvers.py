@@ -15,10 +15,10 @@ from tqdm import tqdm
 from data import load
 from degrade import levels_of
 from model import load_model
-from sample import multistep_times, sampling_path, seed_noise, solve, time_steps
+from sample import multistep_times, sampling_path, solve, time_steps
 from study.common import (REFERENCES, Cells, Measure, band_power, digest, digest_of, groups, mean,
-                          parser, plotted, references, steps_of, top_bands)
-from util import full_float32, number, to_uint8
+                          parser, plotted, references, seed_noise, steps_of, top_bands)
+from util import number, to_uint8
 
 NFE = [6, 8, 9, 10, 12, 18, 35]
 STEPS = {"multistep": ["multistep"], "heun": ["heun", "heun, even"],
@@ -46,7 +46,7 @@ def run(net, path, x, solver, nfe):
     """The images of the states x at the start, and the seconds that they took."""
     name, even = solver.removesuffix(", even"), solver.endswith("even") or solver == "multistep"
     n = steps_of(name, nfe)
-    times = multistep_times(n, path, *x.shape[2:]) if even else time_steps(n)
+    times = multistep_times(n, *x.shape[2:]) if even else time_steps(n)
     start = time.time()
     return torch.cat([solve(net, path, part, times, name) for part in x.split(128)]), \
         time.time() - start
@@ -136,7 +136,6 @@ def draw_plot(cells):
 def main():
     p, args = options()
     with p.one_line_errors():
-        full_float32()
         cells = Cells(args, "solvers")
         if not args.plot_only:
             compute(args, cells)

@@ -10,7 +10,8 @@ import train
 from data import Images, leaves
 from degrade import BlurringPath, ConstantBNR, dct2, expand_level, frequencies, idct2
 from exact import gaussian_heads, m_of, power_law
-from sample import seed_noise, solve, time_steps
+from sample import solve, time_steps
+from study.common import seed_noise
 from study import blind
 from study.blind import Reader, draw, solve_blind
 from util import to_uint8

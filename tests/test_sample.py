@@ -1,6 +1,5 @@
 import argparse
 import math
-from argparse import Namespace
 
 import pytest
 import torch
@@ -11,8 +10,9 @@ from degrade import (BlurringPath, ColdPath, ConstantBNR, Path, blur, dct2, degr
 from exact import gaussian_heads, gaussian_images, m_of, points_heads, power_law
 from loss import disentangled_loss
 from model import Denoiser, UNet
-from sample import (classes_of, churn_step, curvature, generate, multistep_times, plain_image,
-                    sample, seed_noise, solve, step, time_steps)
+from sample import (churn_step, curvature, generate, multistep_times, plain_image, sample, solve,
+                    step, time_steps)
+from study.common import seed_noise
 from study.strip import rows_of
 from util import UserError
 
@@ -206,12 +206,29 @@ PATHS = [ConstantBNR(0), ConstantBNR(0.5), ConstantBNR(2), ConstantBNR(10), Blur
          OwnParameter(ConstantBNR(0.5)), OwnParameter(BlurringPath())]
 
 
-@pytest.mark.parametrize("path", [ConstantBNR(0.5), BlurringPath()])
-def test_multistep_does_not_see_the_paths_parameter(path):
-    x, net = 80 * normals(2, 1, 8, 8), heads_that_disagree(power_law(8, 8))
-    ours, other = (solve(net, p, x, multistep_times(12, p, 8, 8), "multistep")
-                   for p in (path, OwnParameter(path)))
-    assert (ours - other).square().mean().sqrt() < 3e-3
+@pytest.mark.parametrize("path", [ConstantBNR(0.5), BlurringPath(), ColdPath()])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_sampler_does_not_see_the_paths_parameter(path, solver):
+    """One curve has the same steps, the same churn and the same image, whatever its t is."""
+    if solver == "multistep" and isinstance(path, ColdPath):
+        return
+    x, net = normals(2, 3, 8, 8), heads_that_disagree(power_law(8, 8))
+    if isinstance(path, ColdPath):
+        net = lambda x, alpha, sigma: (x, 0.2 * torch.cos(x.flip(-2)))
+    ways = [{}, {"init": 0.1 * normals(1, 3, 8, 8), "level": 2.}]
+    ways += [] if solver == "multistep" else [{"churn": 4., "s_max": 5., "noise": lambda: x}]
+    for way in ways:
+        ours, other = (sample(net, p, x, 6, COLOUR, solver=solver, **way)
+                       for p in (path, OwnParameter(path)))
+        torch.testing.assert_close(ours, other, rtol=1e-6, atol=1e-6)
+
+
+def test_training_levels_do_not_see_the_paths_parameter():
+    for path in (ConstantBNR(0.5), BlurringPath()):
+        torch.manual_seed(0)
+        ours = path.training_levels(100, 8, 8)
+        torch.manual_seed(0)
+        torch.testing.assert_close(OwnParameter(path).training_levels(100, 8, 8), ours)
 
 
 def rms_error(solver, steps, path, side):
@@ -221,8 +238,7 @@ def rms_error(solver, steps, path, side):
     s = 0.1875 * s * side ** 2 / s.sum()
     s[0, 0] = 0.0625 * side ** 2
     end = 80 * (s / (m_of(80 * path.bnr, side, side)[0, 0] ** 2 * s + 80 ** 2)).sqrt()
-    times = (multistep_times(steps, path, side, side) if solver == "multistep"
-             else time_steps(steps))
+    times = multistep_times(steps, side, side) if solver == "multistep" else time_steps(steps)
     return (80 * gains(solver, times, path, s) - 80 * end / 80).square().mean().sqrt()
 
 
@@ -233,14 +249,12 @@ def test_twelve_evaluations_of_multistep_are_as_good_as_heuns_35(side, bnr):
     assert rms_error("multistep", 12, path, side) <= rms_error("heun", 18, path, side)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("low, high", [(0.002, 80.), (0.1, 30.)])
 @pytest.mark.parametrize("n", [1, 2, 6, 9, 12, 18])
-def test_multisteps_levels_fall_from_the_start_to_0_evenly_in_their_own_scale(path, n):
-    t = multistep_times(n, path, 16, 16)
-    sigma = torch.as_tensor(path.levels(t)[1])
-    assert len(t) == n + 1 and t[0] == path.t_range(16, 16)[1] and t[-1] == 0
-    assert (t.diff() < 0).all()
-    steps = torch.log1p(24 / sigma[1:-1]).diff()                # 1.5 times the side
+def test_multisteps_levels_fall_from_the_start_to_0_evenly_in_their_own_scale(low, high, n):
+    t = multistep_times(n, 16, 16, low, high)
+    assert len(t) == n + 1 and t[0] == high and t[-1] == 0 and (t.diff() < 0).all()
+    steps = torch.log1p(24 / t[1:-1]).diff()                    # 1.5 times the side
     assert len(steps) < 2 or (steps / steps.mean() - 1).abs().max() < 1e-6
 
 
@@ -444,39 +458,42 @@ def test_nothing_of_the_sampler_stays_on_the_cpu(path):
     ways += [dict(ways[-1], init=torch.zeros(1, 3, 8, 8), level=1.)]
     ways += [] if cold else [dict(steps=4, churn=2.), dict(solver="multistep", steps=12)]
     for way in ways:
-        x, = generate(net, path, (3, 8, 8), range(2), "meta", colour=COLOUR, counts=[3, 1], **way)
+        x, = generate(net, path, (3, 8, 8), range(2), "meta", colour=COLOUR, **way)
         assert x.is_meta and x.shape == (2, 3, 8, 8) and x.dtype == torch.float64
 
 
-def test_classes_are_drawn_as_often_as_they_are_counted():
-    counts = [300, 30, 0, 1]
-    for first in (0, 12_345, 2 ** 62):
-        labels = classes_of(range(first, first + 3310), 4, counts)
-        found = torch.tensor(labels).bincount(minlength=4)
-        assert (found - 10 * torch.tensor(counts)).abs().max() <= 3
-    assert classes_of([5, 6, 7], 3) == [2, 0, 1]
-
-
-@pytest.mark.parametrize("classes, label, index", [
-    (["a", "b"], "b", 1), (["a", "b"], "1", 1), (["5", "0"], "0", 1), (["5", "0"], "1", None),
-    (["a", "7"], "1", None), (["a", "b"], "2", None)])
-def test_a_position_is_a_class_only_where_no_name_is_a_number(classes, label, index):
+def test_a_class_is_asked_for_by_its_name_alone():
     parser = argparse.ArgumentParser()
     sample_script.sampler_options(parser)
-    args = parser.parse_args(["--class", label])
-    checkpoint = {"config": {"bnr": 0.5}, "options": {}, "data": {"classes": classes}}
-    net = Namespace(classes=2)
-    if index is None:
-        with pytest.raises(UserError, match=f"--class {label}: the classes are"):
-            sample_script.sampler(args, net, checkpoint)
-    else:
-        assert sample_script.sampler(args, net, checkpoint)[0]["label"] == index
+    checkpoint = {"config": {"bnr": 0.5}, "options": {"sample_steps": 2},
+                  "data": {"classes": ["5", "0"]}}
+
+    def options(label):
+        args, net = parser.parse_args(["--class", label]), argparse.Namespace(classes=2)
+        return sample_script.sampler(args, net, checkpoint)[0]
+    assert options("0")["label"] == 1
+    with pytest.raises(UserError, match="--class 1: the classes are 5, 0"):
+        options("1")
 
 
-def test_a_seeds_noise_does_not_see_its_batch():
-    alone, batch = seed_noise([7], (3, 5, 5)), seed_noise(range(64), (3, 5, 5))
-    for _ in range(3):
-        assert torch.equal(alone()[0], batch()[7])
+def test_the_studys_noise_is_that_of_generate():
+    """At the start and in churn: with D = 0 and R = 0, what is drawn is what comes out."""
+    net, noise, seen = lambda x, *levels: (0 * x, 0 * x), seed_noise([7], (3, 5, 5)), []
+    drawn(net, ConstantBNR(0), (3, 5, 5), [7], "cpu", steps=2, solver="euler", churn=1.,
+          watch=lambda t, x, *heads: seen.append(x))
+    climb = math.sqrt(2) - 1
+    first, second, third = noise(), noise(), noise()
+    expected = 80 * (first + math.sqrt((1 + climb) ** 2 - 1) * second)
+    torch.testing.assert_close(seen[0], expected)
+    x = expected * 0.002 / (80 * (1 + climb)) + 0.002 * math.sqrt((1 + climb) ** 2 - 1) * third
+    torch.testing.assert_close(seen[1], x)
+
+
+@pytest.mark.parametrize("classes, label", [(0, 0), (2, 2), (2, -1), (2, "a")])
+def test_a_label_that_the_network_does_not_know_is_refused(classes, label):
+    net = Denoiser(UNet(1, 2, channels=8, mult=(1,), blocks=0, attention=(), classes=classes))
+    with pytest.raises(UserError, match=f"label {label}: the network has {classes or 'no'} class"):
+        drawn(net, ConstantBNR(0), (1, 8, 8), [0], label=label, steps=1)
 
 
 def test_a_seeds_image_does_not_see_its_batch():
