@@ -25,11 +25,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from degrade import dct2, idct2
-from util import (UserError, atomic_write, crop_and_resize, fetch, open_upright,
-                  refuse_special, seed_for, warn)
+from util import (UserError, atomic_write, crop_and_resize, fetch, open_upright, refuse_special,
+                  seed_for, warn)
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}     # Pillow's formats
 EXTENSIONS = {e for e, f in Image.registered_extensions().items() if f not in NO_PICTURES}
@@ -49,7 +49,6 @@ class Images:
     labels: torch.Tensor = None                 # int64 [N], indices into classes; None: all are 0
     classes: tuple = ("all",)                   # the names of the classes
     name: str = "mine"
-    skipped: int = 0                            # files that could not be read
     latents: bool = False                       # the images are floats, meant as they are
     no_classes: str = ""                        # why there is one class only, for --cond
 
@@ -58,7 +57,7 @@ class Images:
         x = self.images
         if not isinstance(x, torch.Tensor) or x.ndim != 4 or 0 in x.shape or not (
                 x.is_floating_point() and x.isfinite().all() if self.latents
-                else x.dtype == torch.uint8):
+                else x.dtype == torch.uint8 and (x.shape[1] < 5 or x.shape[3] > 4)):
             raise UserError(f"{self.name}: images must be a uint8 tensor [N, C, H, W], or finite "
                             "floats, which latents=True takes as they are; these are "
                             f"{x.dtype} {list(x.shape)} with latents={self.latents}")
@@ -76,26 +75,22 @@ class Images:
         digest, total, squares = hashlib.sha256(), 0, 0
         for part in self.images.split(256):                     # a whole float copy may not fit
             digest.update(part.contiguous().view(torch.uint8).numpy())
-            x = part.double()
+            x = part.double() if self.latents else part.double() / 127.5 - 1
             total, squares = total + x.sum((0, 2, 3)), squares + x.square().sum((0, 2, 3))
         digest.update(self.labels.contiguous().numpy())
-        mean, unit = total / (n * h * w), 1 if self.latents else 127.5
-        std = (squares / (n * h * w) - mean ** 2).clamp(min=0).sqrt() / unit
-        mean = mean if self.latents else mean / unit - 1
+        mean = total / (n * h * w)
+        std = (squares / (n * h * w) - mean ** 2).clamp(min=0).sqrt()
         return {"name": self.name, "count": n, "shape": [c, h, w], "classes": self.classes,
-                "counts": self.labels.bincount(minlength=len(self.classes)).tolist(),
-                "skipped": self.skipped, "latents": self.latents,
-                "digest": digest.hexdigest()[:16],              # the last digits of the others
-                "mean": [round(v, 9) for v in mean.tolist()],   # differ between machines
-                "std": [round(v, 9) for v in std.tolist()]}
+                "latents": self.latents, "digest": digest.hexdigest()[:16],
+                "mean": [round(v, 9) for v in mean.tolist()],   # the last digits differ between
+                "std": [round(v, 9) for v in std.tolist()]}     # machines
 
     def colour(self):
         """The Gaussian of the images' mean colours, as lists: {"mean": [C], "cov": [C][C]}."""
-        sums = [p.sum((2, 3), dtype=torch.float64) for p in self.images.split(256)]
-        colours = torch.cat(sums) / math.prod(self.images.shape[2:])            # [N, C]
+        colours = torch.cat([p.double().mean((2, 3)) for p in self.images.split(256)])  # [N, C]
         colours = colours if self.latents else colours / 127.5 - 1
-        cov = torch.atleast_2d(colours.T.cov(correction=0))
-        return {"mean": colours.mean(0).tolist(), "cov": cov.tolist()}
+        return {"mean": colours.mean(0).tolist(),
+                "cov": torch.atleast_2d(colours.T.cov(correction=0)).tolist()}
 
 
 def load(spec, resolution=None, folder="data", keep=True):
@@ -119,12 +114,12 @@ def load(spec, resolution=None, folder="data", keep=True):
     path = Path(f"{file}.npz" if colon else spec)
     if spec == "cifar10":
         array, path = spec, Path(folder, "cifar-10-binary.tar.gz")
-        fetch(CIFAR10_URL, path, "md5", CIFAR10_MD5)
+        fetch(CIFAR10_URL, path, CIFAR10_SHA256)
     refuse_special(path)
     if not path.exists():
         raise UserError(f"{path} does not exist: {GIVE}")
     paths = dict(folder_files(path)) if path.is_dir() else {"": path}
-    key = 1, array, resolution, [(name, (s := file.stat()).st_size, s.st_mtime_ns, s.st_ctime_ns)
+    key = 2, array, resolution, [(name, (s := file.stat()).st_size, s.st_mtime_ns, s.st_ctime_ns)
                               for name, file in paths.items()]
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
     file = Path(folder, f"images-{path.resolve().stem}-{digest}.pt")
@@ -153,8 +148,6 @@ def kept(path, make):
     return found
 
 
-# Batches
-
 def shuffled(start, count, n, seed):
     """Places start to start + count in an endless series of shuffles of n images, int64 [count]:
     an epoch shows each image once."""
@@ -173,8 +166,6 @@ def take(images, index, device):
     batch = images[index]
     return batch if device.type == "cpu" else batch.pin_memory().to(device, non_blocking=True)
 
-
-# Augmentation
 
 def augment(x, p, batch=None, part=slice(None)):
     """EDM's non-leaky augmentation: x [B, C, H, W] -> augmented images and labels [B, 9] (float).
@@ -232,8 +223,6 @@ def warp(x, theta):
     return idct2(dct2(fine)[..., :h, :w]) / 2                   # [B, C, H, W]
 
 
-# Dead leaves
-
 def leaves(n, resolution=16, seed=0, discs=96):
     """The dead-leaves model of natural scenes: uint8 [n, 3, resolution, resolution].
 
@@ -259,8 +248,6 @@ def leaves(n, resolution=16, seed=0, discs=96):
         chunks.append((image * 255).round().byte())
     return torch.cat(chunks)
 
-
-# From files to images
 
 def read(path, paths, array, resolution):
     """What path holds, sorted by name, as a dict for Images; "said": the lines to say about it.
@@ -303,7 +290,7 @@ def read(path, paths, array, resolution):
     values = ["all" if no_classes else values[n] for n in infos]
     classes, labels = np.unique(values, return_inverse=True)
     return {"images": torch.from_numpy(images[:len(infos), :channels]).contiguous(),
-            "labels": torch.from_numpy(labels), "classes": classes.tolist(), "skipped": skipped,
+            "labels": torch.from_numpy(labels), "classes": classes.tolist(),
             "no_classes": no_classes, "said": said}
 
 
@@ -428,8 +415,7 @@ def tar_members(path):
 
 
 def bounded(path, size):
-    """Raises UserError where an archive unpacks to more bytes than images do, which are compressed
-    already."""
+    """Raises UserError where an archive unpacks to far more bytes than it has: images do not."""
     if size > UNPACK_LIMIT + 100 * path.stat().st_size:
         raise UserError(f"{path} is refused: it unpacks to {size / 2 ** 30:.1f} GiB, more than 100 "
                         "times its size; if you trust it, save it uncompressed")

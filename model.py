@@ -1,6 +1,4 @@
-"""The network: two levels in, two heads out, (7), on EDM's DDPM++ trunk. Equation numbers are those
-of the README.
-"""
+"""The network: two levels in, two heads out, (7), on EDM's DDPM++ trunk."""
 import math
 import os
 from functools import partial
@@ -45,7 +43,8 @@ class Denoiser(nn.Module):
         ratio = {"ratio": s.ratio.expand(len(x))} if self.told_ratio else {}
         f = self.unet(s.c_in * x, s.c_noise.expand(len(x)), augment, label, **ratio)
         needed = [len(x), self.heads * x.shape[1], *x.shape[2:]]
-        given = list(f.shape) if isinstance(f, torch.Tensor) else type(f).__name__
+        given = getattr(f, "dtype", type(f).__name__)
+        given = list(f.shape) if getattr(given, "is_floating_point", False) else given
         if given != needed:                                     # what only broadcasts as well
             raise UserError(f"the network's output must be {needed}, and not {given}")
         return self.answers(x, f.float(), s)
@@ -247,8 +246,7 @@ def initialized(layer, scale):
 
 
 def build(config):
-    """A checkpoint's config, of plain types -> its Denoiser. An impossible one raises nearly
-    anything."""
+    """A checkpoint's config -> its Denoiser. An impossible one raises nearly anything."""
     unet, kind = config["unet"], PARAMETERIZATIONS[config.get("param", "residual")]
     if not (0 < config["sigma_data"] < 1e6 and 0 <= unet.get("dropout", 0) < 1
             and unet["blocks"] <= 64 and len(unet["mult"]) <= 12):
@@ -291,20 +289,34 @@ def load_model(filename, device="cpu", precision="fp32", compiled=False, net=Non
     return net, checkpoint
 
 
+def try_out(net, x, alpha, sigma, augmented):
+    """Images x [B, C, H, W] through a network of one's own, forward and back, so that a mistake is
+    one line before a run writes anything. Raises UserError."""
+    augment = x.new_zeros(len(x), 9) if augmented else None
+    label = x.new_zeros(len(x), dtype=torch.long) if net.classes else None
+    try:
+        x0_hat = sum(net.to(x.device).eval()(x, alpha, sigma, augment, label))
+        if not (x0_hat.requires_grad and x0_hat.isfinite().all()):
+            raise UserError("its output has no gradient, or is not finite")
+        x0_hat.sum().backward()
+    except Exception as e:                                      # the network is the user's
+        raise UserError(f"the network fails on x of {list(x.shape)}, called as unet(x, c_noise, "
+                        f"augment, label): {' '.join(str(e).split())[:200]}") from None
+    net.zero_grad()
+
+
 def check_facts(checkpoint, weights, size):
     """Raises UserError and the like for what train.py never saves. size: the file's, in bytes."""
-    data, options = checkpoint["data"], checkpoint["options"]
-    unet, shape = checkpoint["config"]["unet"] or {}, data["shape"]
+    data, unet = checkpoint["data"], checkpoint["config"]["unet"] or {}
     if sum(v.numel() * v.element_size() for v in weights.values()) > size or not all(
             v.isfinite().all() and (not unet or v.dtype == torch.float32)
             for v in weights.values()):
         raise UserError("its weights are larger than the file, or not finite float32 numbers")
-    if not all(type(n) is int and 0 < n <= 10000 for n in (*shape, options["sample_steps"])) \
-            or len(shape) != 3 or options["resolution"] not in (0, max(shape[1:])) \
-            or unet.get("in_channels", shape[0]) != shape[0] \
-            or not all(type(s) is str for s in (options["data"], *data["classes"])) \
-            or len(data["classes"]) < unet.get("classes", 0):
-        raise UserError("its shape, resolution, sample_steps, data or classes are impossible")
+    c, h, w = data["shape"]
+    if not all(type(n) is int and 0 < n <= 10000
+               for n in (c, h, w, checkpoint["options"]["sample_steps"])) \
+            or unet.get("in_channels", c) != c or len(data["classes"]) < unet.get("classes", 0):
+        raise UserError("its shape, sample_steps or classes are impossible")
 
 
 def start_from(net, filename, classes=()):

@@ -7,7 +7,7 @@
     torchrun --nproc_per_node=8 train.py --data cifar10    # the same on several GPUs
     python train.py --resume run --duration 120            # a run in its folder, with its options
 
-The same command again resumes the run, too. Equation numbers are those of the README.
+The same command again resumes the run, too.
 """
 import argparse
 import contextlib
@@ -28,15 +28,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from data import augment, load, shuffled, take
+from data import Images, augment, load, shuffled, take
 from degrade import check_path, levels_of, make_path, time_of
 from loss import disentangled_loss
-from model import PARAMETERIZATIONS, SIGMA_DATA, build, start_from
-from sample import fast_solver, generate
+from model import PARAMETERIZATIONS, SIGMA_DATA, Denoiser, build, start_from, try_out
+from sample import generate
 from util import (Parser, UserError, add_device_option, any_rank, atomic_write, compile_or_warn,
-                  full_float32, locked, normalize, number, or_a_warning, process_group, rank,
-                  rank_0_first, read_checkpoint, reason, save_checkpoints, save_grid, say,
-                  seed_for, shown, signals_noted, to_uint8, warn, world_size)
+                  locked, normalize, number, or_a_warning, process_group, rank, read_checkpoint,
+                  reason, save_checkpoints, save_grid, say, seed_for, signals_noted, to_uint8, warn,
+                  world_size)
 
 # The defaults are the paper's for CIFAR-10 (EDM's DDPM++ recipe). A preset is what differs.
 PRESETS = {
@@ -55,16 +55,16 @@ MAY_CHANGE_ON_RESUMING = {"out", "data", "preset", "duration", "lr", "batch_gpu"
 
 def options(argv=None):
     """The options of a command line, with those of the preset: argparse.Namespace."""
-    p = Parser(description="Train a blur-noise mixture diffusion model. A kimg is 1,000 images "
-                           "seen. The defaults named here are those of --preset cifar10; data other"
-                           " than cifar10 take --preset tiny.")
+    p = Parser(description="Train a diffusion model of blur and noise. A kimg: 1,000 images seen. "
+                           "Defaults are --preset cifar10's; data other than cifar10 take tiny.")
 
     def a(name, default, text, **kw):
         text += "" if default is None or default is False else f" (default {default})"
         p.add_argument(name, default=default, help=text, **kw)
     a("--data", "leaves", "leaves, cifar10, or a folder, zip, tar, .npy or .npz of images")
     a("--bnr", None, "blur-to-noise ratio, pixels of blur for a unit of noise; 0 is EDM, inf is "
-      "blur alone, any is one network for all from 0 to 10 (default 0.5)", type=bnr)
+      "blur alone, any is one network for all from 0 to 10 (default 0.5)",
+      type=lambda text: text if text == "any" else number(float, 0)(text))
     a("--path", None, "instead of one ratio, Hoogeboom & Salimans' schedule", choices=["blurring"])
     a("--param", "residual", "what the network predicts: residual, the blurry image and what blur "
       "removed; x0, the image; noise, the noise and what blur removed", choices=PARAMETERIZATIONS)
@@ -116,20 +116,11 @@ def options_of_run(parser, given):
     """The options that a run has written, as defaults, but for the device: that of this machine."""
     try:
         stored = json.loads(Path(given.resume, "options.json").read_text())
-        stored.update(out=given.resume, bnr=None if stored["path"] else stored["bnr"])
-        if stored["preset"] in PRESETS:                         # an older run may have others
-            return {k: v for k, v in stored.items() if k in vars(given) and k != "device"}
+        stored.update(PRESETS[stored["preset"]] | stored, out=given.resume,
+                      bnr=None if stored["path"] else stored["bnr"])
+        return {k: v for k, v in stored.items() if k in vars(given) and k != "device"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    parser.error(f"--resume {given.resume}: it holds no run (a readable options.json)")
-
-
-def bnr(text):
-    """An argparse type: a ratio of at least 0, inf, or any."""
-    with contextlib.suppress(ValueError):
-        if text == "any" or 0 <= float(text) <= 1e6 or float(text) == math.inf:
-            return text if text == "any" else float(text)
-    raise argparse.ArgumentTypeError(f"must be a number of at least 0, inf or any, not {text!r}")
+        parser.error(f"--resume {given.resume}: it holds no run (a readable options.json)")
 
 
 def main():
@@ -149,16 +140,22 @@ def train(args, data=None, path=None, net=None, signals=()):
     (model.Denoiser); docs/own-parts.md says what they have to be. signals: a list; the run saves
     and ends after the step in which it is filled. Raises UserError.
     """
-    full_float32()
+    for part, kind in ((data, Images), (net, Denoiser)):
+        if not isinstance(part, (kind, type(None))):
+            raise UserError(f"give a {kind.__module__}.{kind.__name__}, not {type(part).__name__}: "
+                            "docs/own-parts.md says how to make one")
     torch.backends.cudnn.benchmark = True
-    with process_group(), locked(args.out):
+    with process_group(), contextlib.nullcontext() if rank() else locked(args.out):
         if data is not None:                                    # its images are not resized
             args = argparse.Namespace(**{**vars(args), "data": data.name, "resolution": 0})
         shares_of_batch(args)                                   # complains before the data load
         state = resumable(args)
         if data is None:
-            with rank_0_first():
-                data = load(args.data, args.resolution or None)
+            if rank() > 0:
+                dist.barrier()                                  # rank 0 fetches or makes it for all
+            data = load(args.data, args.resolution or None)
+            if rank() == 0 and world_size() > 1:
+                dist.barrier()
         path, net, config = parts(args, data, path, net)
         if args.init_from and not state:
             start_from(net, args.init_from, data.classes)
@@ -182,9 +179,7 @@ def loop(args, run, data, path, net, ema, optimizer, seen, signals):
         compile_or_warn(net.unet, args.compile)
     shared = DistributedDataParallel(net) if world_size() > 1 else net
     if rank() == 0:
-        begin(args, seen)
-        with shown(signals):
-            header(args, run, data, net, seen, bf16)
+        begin(args, run, data, net, seen, bf16)
     bar = tqdm(total=total, initial=seen, unit="img", unit_scale=True, disable=rank() > 0,
                delay=0.1)                   # it writes nothing before the first step
     history, since, stopping = [], time.time(), False
@@ -198,8 +193,7 @@ def loop(args, run, data, path, net, ema, optimizer, seen, signals):
         optimizer.zero_grad(set_to_none=True)
         seen += args.batch
         update_ema(args, ema, net, seen)
-
-        with shown(signals):
+        with contextlib.suppress(OSError):
             bar.update(args.batch)
         stopping = any_rank(signals)                            # asked once: a signal may come now
         last, passed = seen >= total or stopping, partial(crossed, args, seen)
@@ -216,14 +210,12 @@ def loop(args, run, data, path, net, ema, optimizer, seen, signals):
                 if not stopping and not data.latents:
                     draw_grid(f"{args.out}/grid-{kimg}.png", run, path, ema)
             history, since = [], time.time()                    # without the time of writing
-    with shown(signals):
+    with contextlib.suppress(OSError):
         bar.close()
     if stopping and rank() == 0:
         warn(f"stopped and saved at {seen / 1000:g} kimg; the same command resumes it")
     return ema
 
-
-# A step
 
 def draw_batch(args, path, images, labels, seen, device):
     """This process's share of the batch after the first `seen` images: a dict of tensors.
@@ -269,13 +261,12 @@ def backward(args, net, batch, seen, bf16):
 
 
 def check_finite(net, records, step):
-    """Raises UserError before the optimizer spoils the weights. The CPU waits here for the device,
-    so a GPU is idle while the next step is prepared: little, beside a step."""
+    """Raises UserError before the optimizer spoils the weights. The CPU waits for a GPU here."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
     if not (norm + records[1:].sum()).isfinite():
-        what = "gradient" if records[1:].isfinite().all() else "loss"
-        raise UserError(f"the {what} is not finite at step {step}: {by_level(records.cpu())}. The "
-                        "run stops before this step: try a lower --lr, or --precision fp32")
+        raise UserError(f"the loss or its gradient is not finite at step {step}, before which the "
+                        f"run stops: try a lower --lr, or --precision fp32. Losses by quartile of "
+                        f"t: {by_level(records.cpu())}")
 
 
 def update_ema(args, ema, net, seen):
@@ -302,8 +293,6 @@ def crossed(args, seen, *intervals):
     return any(seen // n > (seen - args.batch) // n for n in images)
 
 
-# The parts of a run
-
 def parts(args, data, path, net):
     """The path, the network and what a checkpoint remembers of them, as plain types. Raises
     UserError where they do not fit together."""
@@ -322,24 +311,21 @@ def parts(args, data, path, net):
                         "attribute `classes` and --cond go together")
     name, path = type(path).__name__ if path else args.path, path or make_path(args.bnr, args.path)
     check_path(path, h, w)
-    drawn = torch.stack(path.training_levels(1000, h, w))
-    if not (drawn.isfinite() & (drawn >= 0)).all():
-        raise UserError(f"the path {type(path).__name__} is trained at levels that are not finite "
-                        "or below 0: its t is not sigma, so define training_levels, too")
+    torch.manual_seed(0)                    # of the levels in training: those of nine in ten images
+    drawn = torch.stack(path.training_levels(1000, h, w)).double()
+    trained = drawn.quantile(torch.tensor([0.05, 0.95]).double(), dim=1).tolist()
     levels = torch.stack(levels_of(path, np.geomspace(*path.t_range(h, w), 5)), 1).tolist()
     config = {"bnr": args.bnr, "path": name, "sigma_data": net.sigma_data if net else SIGMA_DATA,
               "param": args.param, "unet": None if net else unet_config(args, c, h, w, classes),
               "colour": data.colour() if levels[-1][1] == 0 else None,          # without noise
-              "levels": [[float(f"{v:.6g}") for v in pair] for pair in levels]}
+              "levels": [[float(f"{v:.6g}") for v in pair] for pair in levels],
+              "trained": [[float(f"{v:.3g}") for v in pair] for pair in trained]}
     torch.manual_seed(seed_for("weights", args.seed))
     if net is None:
         net = build(config)
         net.unet.check(h, w)
-    else:                                   # its output is looked at before anything is written
-        x = torch.zeros(2, c, h, w, device=args.device)
-        with torch.no_grad():
-            net.to(x.device).eval()(x, *levels[2], x.new_zeros(2, 9) if args.augment else None,
-                                    x.new_zeros(2, dtype=torch.long) if classes else None)
+    else:
+        try_out(net, torch.randn(2, c, h, w, device=args.device), *levels[2], args.augment > 0)
     config["answers"] = f"{type(net).__name__}, {net.answers.__qualname__}"
     return path, net, config
 
@@ -358,11 +344,9 @@ def unet_config(args, channels, h, w, classes):
     return {**unet, "ratio": True} if args.bnr == "any" else unet
 
 
-# What a run writes
-
-def begin(args, seen):
-    """Writes the options, and drops the lines of the log after the checkpoint: they will be written
-    again."""
+def begin(args, run, data, net, seen, bf16):
+    """Writes the options, drops the lines of the log after the checkpoint, which will be written
+    again, and says what is trained on what."""
     with atomic_write(f"{args.out}/options.json", "w") as f:
         json.dump({k: "inf" if v == math.inf else v for k, v in vars(args).items()}, f, indent=1)
     kept, log = [], Path(args.out, "log.jsonl")
@@ -371,10 +355,6 @@ def begin(args, seen):
             kept += [line + "\n"] if json.loads(line)["kimg"] <= seen / 1000 else []
     with atomic_write(log, "w") as f:
         f.writelines(kept)
-
-
-def header(args, run, data, net, seen, bf16):
-    """Says what is trained on what."""
     facts, images, (_, micro) = run["data"], data.images, shares_of_batch(args)
     mean, std = (", ".join(f"{v:.3g}" for v in facts[k]) for k in ("mean", "std"))
     say(f"{facts['name']}: {facts['count']} images of {' x '.join(map(str, facts['shape']))}, "
@@ -382,9 +362,14 @@ def header(args, run, data, net, seen, bf16):
         f"mean {mean}, standard deviation {std}; {net.classes or 'no'} classes")
     frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
     say(f"{sum(p.numel() for p in net.parameters()):,} parameters, {frozen:,} of them frozen; "
-        f"{run['config']['path'] or 'BNR ' + str(args.bnr)}; {'bf16' if bf16 else 'fp32'}; batch "
-        f"{args.batch} as {args.batch // micro} x {micro} on {world_size()} x {args.device}; "
-        f"from {seen / 1000:g} to {args.duration:g} kimg")
+        f"{'bf16' if bf16 else 'fp32'}; batch {args.batch} as {args.batch // micro} x {micro} on "
+        f"{world_size()} x {args.device}; from {seen / 1000:g} to {args.duration:g} kimg")
+    (blur, noise), (blurs, noises) = run["config"]["trained"]
+    say(f"{run['config']['path'] or 'BNR ' + str(args.bnr)}: blur of {blur:g} to {blurs:g} pixels "
+        f"and noise of {noise:g} to {noises:g} for nine images in ten")
+    if data.latents and not 0.5 < max(facts["std"]) / net.sigma_data < 2:
+        warn(f"warning: the network expects a standard deviation of {net.sigma_data:g}: scale the "
+             "latents, or give Denoiser another sigma_data")
 
 
 def summary(args, seen, history, lr, since):
@@ -423,13 +408,12 @@ def save(args, run, net, ema, optimizer, seen, kimg, must):
 
 
 def draw_grid(filename, run, path, ema):
-    states = generate(ema, path, run["data"]["shape"], range(64), colour=run["config"]["colour"],
-                      **fast_solver(path))
+    colour = run["config"]["colour"]                            # None where there is noise
+    states = generate(ema, path, run["data"]["shape"], range(64), colour=colour,
+                      solver="heun" if colour else "multistep")
     with or_a_warning("a grid"):
         save_grid(torch.cat([to_uint8(x).cpu() for x in states]), filename)
 
-
-# What a run resumes from
 
 def resumable(args):
     """The state to resume from, or None for a new run. UserError where --out holds another."""
@@ -464,12 +448,10 @@ def restore(out, state, run, net, ema, optimizer):
         ema.load_state_dict(state["ema"])
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
-        for p, moments in optimizer.state.items():              # a fused Adam checks none of this
-            for k, like in (("exp_avg", p), ("exp_avg_sq", p), ("step", torch.zeros(()))):
-                v = moments[k]
-                if (v.shape, v.layout) != (like.shape, torch.strided):
-                    raise ValueError("the optimizer's moments do not have the weights' shapes")
-                moments[k] = torch.empty_like(like, device=v.device).copy_(v)   # the same strides
+        for p, moments in optimizer.state.items():              # a fused Adam checks no shape and
+            for k in ("exp_avg", "exp_avg_sq"):                 # goes by the weights' strides
+                moments[k] = torch.empty_like(p).copy_(moments[k].reshape(p.shape))
+            moments["step"] = moments["step"].reshape(())
         if type(state["seen"]) is not int or state["seen"] < 0:
             raise ValueError("the number of images seen is not a number")
         return state["seen"]

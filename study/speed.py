@@ -25,7 +25,7 @@ from degrade import degrade
 from loss import disentangled_loss
 from sample import sample
 from study.common import Cells, machine, parser, plotted
-from util import add_device_option, full_float32, normalize, number
+from util import add_device_option, normalize, number
 
 
 def options():
@@ -81,7 +81,6 @@ def measured(args, trained):
 
 def prepared(args, data):
     """The parts of a run, as train.train has them."""
-    full_float32()
     device = torch.device(args.device)
     path, net, config = train.parts(args, data, None, None)
     net = net.to(device, memory_format=torch.channels_last).train()

@@ -81,7 +81,7 @@ def test_a_converted_network_gives_edms_own_answers(converted, kind):
 
 def test_it_is_sampled_from_the_command_line(converted, tmp_path, monkeypatch, capsys):
     def draw(name, kind, *args):
-        run(monkeypatch, sample.main, "--ckpt", converted[kind], "--device", "cpu", "--grid",
+        run(monkeypatch, sample.main, "--ckpt", converted[kind], "--device", "cpu",
             "--seeds", "0-1", "--out", tmp_path / name, *args)
         return (tmp_path / f"{name}-grid.png").read_bytes()
     draw("plain", "uncond")

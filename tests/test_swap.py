@@ -128,12 +128,47 @@ def test_an_output_of_another_shape_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()                      # nothing was written
 
 
-def test_a_path_is_checked_before_anything_is_written(tmp_path):
+class Wrong(CNN):
+    """A network whose answer f is changed, or whose other half is."""
+    def __init__(self, change):
+        super().__init__(torch.nn.Conv2d(4, 6, 3, padding=1))
+        self.change = change
+
+    def forward(self, x, c_noise, augment=None, label=None):
+        return self.change(super().forward(x, c_noise))
+
+
+WRONG = {
+    "class": (Wrong, "give a model.Denoiser, not type"),
+    "raw": (small_cnn().unet, "give a model.Denoiser, not CNN"),
+    "detached": (Denoiser(Wrong(torch.Tensor.detach)), "no gradient"),
+    "int": (Denoiser(Wrong(torch.Tensor.long)), r"must be \[2, 6, 8, 8\], and not torch.int64"),
+    "complex": (Denoiser(Wrong(lambda f: f + 0j)), "must be .* and not torch.complex64"),
+    "nan": (Denoiser(Wrong(lambda f: f / 0)), "not finite"),
+    "in place": (Denoiser(Wrong(lambda f: f.sigmoid().mul_(2).exp().add_(1))), "in-?place"),
+    "two arguments": (Denoiser(torch.nn.Conv2d(3, 6, 1)), "called as unet\\(x, c_noise, augment, ")}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_network_is_one_line_before_anything_is_written(name, tmp_path):
+    net, words = WRONG[name]
+    with pytest.raises(UserError, match=words) as e:
+        train.train(options(tmp_path / "run"), noise_images(), net=net)
+    assert "\n" not in str(e.value) and not (tmp_path / "run").exists()
+
+
+def test_what_is_no_data_and_no_path_is_one_line_before_anything_is_written(tmp_path):
     class Falling(degrade.Path):
         def levels(self, t):
             return 1 / (1 + t), t
-    with pytest.raises(UserError, match="the path Falling cannot be used"):
-        train.train(options(tmp_path / "run"), noise_images(), Falling())
+    x = noise_images().images
+    for parts, words in (((x,), "give a data.Images, not Tensor"),
+                         ((noise_images(), Square), r"Square is a class: give a path, Square\(\)"),
+                         ((noise_images(), Falling()), "the path Falling cannot be used")):
+        with pytest.raises(UserError, match=words):
+            train.train(options(tmp_path / "run"), *parts)
+    with pytest.raises(UserError, match=r"must be a uint8 tensor \[N, C, H, W\].*\[20, 8, 8, 3\]"):
+        Images(x.permute(0, 2, 3, 1))
     assert not (tmp_path / "run").exists()
 
 
@@ -146,20 +181,24 @@ def parts_of_the_page():
     return found["Tangent"], found["FromDiffusers"]
 
 
-def test_a_path_in_a_parameter_of_its_own(tmp_path, monkeypatch):
-    """The default training levels go beyond t = 1, where sigma is below 0 and training would not
-    notice; and so does churn."""
+def test_a_path_in_a_parameter_of_its_own(tmp_path):
+    """It is trained at the levels of the same curve with t = sigma, to float32's rounding of tan,
+    and sampled at the same steps. Another law of training levels does not resume the run."""
     tangent, _ = parts_of_the_page()
-    ema = train.train(options(tmp_path / "run"), noise_images(), tangent())
-    x = four_samples(ema, tangent())
-    same = four_samples(ema, degrade.ConstantBNR(0.5))
-    torch.testing.assert_close(x, same, rtol=1e-4, atol=1e-4)   # EDM's steps, in sigma
-    with pytest.raises(ValueError, match="churn climbs to t = 1.4"):
-        list(generate(ema, tangent(), (3, 8, 8), range(4), steps=2, churn=2.))
-    monkeypatch.delattr(tangent, "training_levels")
-    with pytest.raises(UserError, match="the path Tangent is trained at .* training_levels"):
-        train.train(options(tmp_path / "other"), noise_images(), tangent())
-    assert not (tmp_path / "other").exists()
+    ema, same = (train.train(options(tmp_path / name), noise_images(), path)
+                 for name, path in (("own", tangent()), ("sigma", degrade.ConstantBNR(0.5))))
+    for ours, theirs in zip(ema.parameters(), same.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    for way in ({}, {"solver": "multistep"}, {"churn": 2., "s_max": 50.}):
+        x, y = (torch.cat(list(generate(ema, path, (3, 8, 8), range(4), steps=3, **way)))
+                for path in (tangent(), degrade.ConstantBNR(0.5)))
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+    class Narrow(tangent):
+        P_std = 0.5
+    Narrow.__name__ = tangent.__name__
+    with pytest.raises(UserError, match="a run with trained"):
+        train.train(options(tmp_path / "own", 0.032), noise_images(), Narrow())
 
 
 class Answer(torch.nn.Module):
@@ -206,7 +245,7 @@ def test_a_run_with_parts_of_ones_own_resumes(tmp_path):
 # Data from a tensor
 
 @pytest.mark.parametrize("channels, scale", [(3, 127.5), (1, 127.5), (4, 1)])
-def test_a_tensor_of_images(tmp_path, channels, scale):
+def test_a_tensor_of_images(tmp_path, channels, scale, capsys):
     images = noise_images(channels)
     if scale == 1:
         images = Images(3 * torch.randn(20, channels, 8, 8), name="noise", latents=True)
@@ -218,6 +257,7 @@ def test_a_tensor_of_images(tmp_path, channels, scale):
     assert (facts["name"], facts["count"], facts["shape"]) == ("noise", 20, [channels, 8, 8])
     assert facts["std"] == pytest.approx((std / scale).tolist(), rel=1e-6)
     assert any(tmp_path.glob("grid-*.png")) == (scale != 1)     # not of latents
+    assert ("expects a standard deviation of 0.5" in capsys.readouterr().err) == (scale == 1)
 
 
 def test_a_tensor_has_a_resolution_of_its_own(tmp_path):

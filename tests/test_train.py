@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.run import get_args_parser
 
 import data
 import sample
@@ -28,7 +29,7 @@ from loss import disentangled_loss
 from model import PARAMETERIZATIONS, Denoiser, UNet, load_model
 from sample import sampling_path
 from study import strip
-from util import Parser, UserError, locked, normalize, seed_for, shown, signals_noted
+from util import Parser, UserError, locked, normalize, seed_for, signals_noted
 
 ROOT = Path(__file__).parent.parent
 NETWORK = "--resolution 8 --channels 8 --mult 1 2 --attention 4 --device cpu".split()
@@ -296,7 +297,7 @@ def test_checkpoints_are_saved_together_or_not_at_all(tmp_path, monkeypatch, cap
     files = {tmp_path / "a.pt": {"x": 1}, tmp_path / "b.pt": {"x": 2}}
     assert not util.save_checkpoints(files) and not list(tmp_path.iterdir())
     printed = capsys.readouterr().err
-    assert "could not be saved (No space left on device)" in printed and "previous" not in printed
+    assert "a.pt and " in printed and "b.pt could not be written (No space left on" in printed
     assert util.save_checkpoints(files) and all(name.exists() for name in files)
 
 
@@ -327,9 +328,9 @@ def test_a_folder_has_one_run_at_a_time(tmp_path, images, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
     with monkeypatch.context() as m:
-        m.setattr(util.fcntl, "flock", no_locks)                # as on some network disks
+        m.setattr("fcntl.flock", no_locks)                      # as on some network disks
         small(monkeypatch, images, tmp_path / "run", "--duration", 0.032)
-    assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
+    assert "cannot be locked ([Errno 38] Function not implemented)" in capsys.readouterr().err
     assert weights(tmp_path / "run")[1]["seen"] == 32
     assert [file.exists() for file in killed] == [True, True]   # another run may be at its own
     small(monkeypatch, images, tmp_path / "run", "--duration", 0.048)
@@ -357,7 +358,7 @@ def test_precision_may_change_and_an_old_state_may_lack_what_is_new(tmp_path, im
     assert weights(out)[1]["options"]["precision"] == "fp32" and weights(out)[1]["seen"] == 16
     state = torch.load(out / "state.pt", weights_only=True)
     for part, names in (("options", ["keep_every", "precision", "augment"]), ("config", ["levels"]),
-                        ("data", ["digest", "counts", "latents"])):
+                        ("data", ["digest", "latents"])):
         for name in names:
             del state[part][name]
     torch.save(state, out / "state.pt")
@@ -370,7 +371,7 @@ def test_a_damaged_options_file_is_one_line(tmp_path, images, monkeypatch, capsy
     stored = json.loads((tmp_path / "run/options.json").read_text())
     resume = ["--resume", tmp_path / "run", "--device", "cpu"]
     refused(capsys, lambda: run(monkeypatch, *resume, "--bnr", 0.5), "--bnr", "--path")
-    for change, words in (({"batch": "x"}, "--batch must be"), ({"preset": "x"}, "no run")):
+    for change, words in (({"batch": "x"}, "--batch: must be"), ({"preset": "x"}, "no run")):
         (tmp_path / "run/options.json").write_text(json.dumps({**stored, **change}))
         refused(capsys, lambda: run(monkeypatch, *resume), words)
     for text in ("{", "5", "null", '{"bogus": 5}'):
@@ -408,13 +409,13 @@ def test_output_that_cannot_be_written_ends_nothing(capsys):
     """A reader that has gone is noted like a signal; a full disk does not matter."""
     reading, writing = os.pipe()
     os.close(reading)
-    signals, closed = [], open(writing, "w", buffering=1)
-    for _ in range(2):
-        with shown(signals):
-            closed.write("a line\n")
+    closed = open(writing, "w", buffering=1)
+    with signals_noted() as signals:
+        for _ in range(2):
+            util.say("a line", closed)
     assert signals == [13, 13]
-    with pytest.raises(BrokenPipeError), shown():
-        closed.write("a line\n")
+    util.say("a line", closed)
+    assert len(signals) == 2
     with contextlib.suppress(OSError):
         closed.close()
     if Path("/dev/full").exists():
@@ -422,6 +423,15 @@ def test_output_that_cannot_be_written_ends_nothing(capsys):
         util.say("a line", full)
         with contextlib.suppress(OSError):
             full.close()
+
+
+def test_a_signal_that_comes_while_processes_agree_counts_in_the_next_step(monkeypatch):
+    """Or one process would stop, and the others wait for it."""
+    signals = []
+    monkeypatch.setattr(util, "world_size", lambda: 2)
+    monkeypatch.setattr(util.dist, "all_reduce", lambda *args: signals.append(15))
+    assert not util.any_rank(signals) and signals == [15]
+    assert util.any_rank(signals)
 
 
 def test_a_run_whose_output_is_closed_saves_and_ends(tmp_path, images):
@@ -672,7 +682,7 @@ def test_what_is_not_finite_stops_the_run_before_the_step(tmp_path, images, monk
     monkeypatch.setattr(train, "disentangled_loss", poisoned)
     monkeypatch.setattr(train, "update_ema", lambda *args: stepped.append(1))
     last = refused(capsys, lambda: small(monkeypatch, images, out, *extra, 0.064),
-                   f"the {what} is not finite at step 11: {{'denoise': ",
+                   "the loss or its gradient is not finite at step 11", ": {'denoise': ",
                    "try a lower --lr, or --precision fp32")
     assert ("'deblur_by_level': [inf, " in last) == (what == "loss") and len(stepped) == 2
     assert (out / "ema.pt").read_bytes() == before
@@ -745,8 +755,8 @@ def test_sampling_from_the_command_line(trained, monkeypatch, capsys):
     draw("--seeds", "7", "--out", trained / "late", "--churn", 1, "--s-max", 0.1)
     different = {(trained / d / "000007.png").read_bytes() for d in ("one", "calm", "late")}
     assert len(different) == 3
-    draw("--grid", "--out", trained / "new/grid", "--solver", "multistep")
-    assert (trained / "new/grid-grid.png").exists() and not (trained / "new/grid").exists()
+    draw("--out", trained / "new/s", "--solver", "multistep")
+    assert (trained / "new/s-grid.png").exists() and (trained / "new/s/000063.png").exists()
     draw("--init", trained / "all/000000.png", "--level", 0.02, "--seeds", "0",
          "--out", trained / "back")
     difference = image("all", "000000.png") - image("back", "000000.png")
@@ -761,14 +771,25 @@ def test_options_of_sampling_that_make_no_sense(trained, tmp_path, monkeypatch, 
                         (["--churn", 1, "--s-min", 5, "--s-max", 1], "--s-min 5 is above")):
         refused(capsys, lambda: draw(*args), words)
     draw("--seeds", 3)
-    draw("--init", tmp_path / "s/000003.png")                   # into the same folder
-    assert {f.name for f in (tmp_path / "s").iterdir()} == {f"{i:06d}.png" for i in range(8)}
+    draw("--init", tmp_path / "s/000003.png", "--seeds", "2-4")         # into the same folder
+    assert {f.name for f in (tmp_path / "s").iterdir()} == {f"{i:06d}.png" for i in (2, 3, 4)}
 
 
-def test_a_range_of_seeds_takes_no_memory():
-    assert sample.seed_list("0-99999999999") == range(10 ** 11)
-    assert list(sample.seed_list("7,0-2,5-6")) == [7, 0, 1, 2, 5, 6]
-    with pytest.raises(argparse.ArgumentTypeError, match="at most 1,000,000"):
+@pytest.mark.parametrize("script", [train, sample])
+def test_no_option_is_taken_by_torchrun(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", "--help"])
+    with pytest.raises(SystemExit):
+        script.main()
+    options = set(re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.M))
+    assert {"--batch", "--device"} <= options
+    for option in options:
+        parsed = get_args_parser().parse_args(["--nproc_per_node=2", "x.py", option, "1"])
+        assert parsed.training_script_args == [option, "1"]
+
+
+def test_lists_of_seeds():
+    assert sample.seed_list("7,0-2,5-6") == [7, 0, 1, 2, 5, 6]
+    with pytest.raises(argparse.ArgumentTypeError, match="at most 10 million"):
         sample.seed_list("7,0-99999999999")
 
 
@@ -790,7 +811,7 @@ def test_bad_options(trained, images, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "leaves", lambda n, size: torch.zeros(n, 3, size, size).byte())
     cases = [
         (["--bnr", "-1"], ["--bnr", "-1"]),
-        (["--bnr", "nan"], ["--bnr", "nan", "inf or any"]),
+        (["--bnr", "nan"], ["--bnr", "nan"]),
         (["--bnr", "half"], ["--bnr", "half"]),
         (["--bnr", "inf", "--param", "noise"], ["--param noise", "--bnr inf has none"]),
         (["--bnr", "1", "--path", "blurring"], ["--path", "--bnr"]),
@@ -807,8 +828,8 @@ def test_bad_options(trained, images, tmp_path, monkeypatch, capsys):
         (["--channels", "10"], ["30", "multiple of 4"]),
         (["--attention", "7"], ["--attention 7", "16, 8"]),
         (["--attention", "8", "7"], ["--attention 7:"]),
-        (["--duration", "0"], ["--duration must be"]),
-        (["--duration", "x"], ["--duration must be a number", "'x'"]),
+        (["--duration", "0"], ["--duration: must be"]),
+        (["--duration", "x"], ["--duration: must be a number", "'x'"]),
         (["--data", ""], ["--data must not be empty"]),
         (["--init-from", ""], ["--init-from must not be empty"]),
         (["--data", tmp_path / "pipe"], ["pipe is a device or a pipe"]),
@@ -958,7 +979,7 @@ def test_each_variant_from_the_command_line(options, two_classes, tmp_path, monk
         for level in (0.05, 9):
             bad("--init", two_classes / "a/0.png", "--level", level,
                 words=["above 0.1 and at most 8"])
-        draw("--init", two_classes / "a/0.png", out="back")     # no noise: one seed says it all
+        draw("--init", two_classes / "a/0.png", "--seeds", 0, out="back")
         assert [f.name for f in (tmp_path / "back").iterdir()] == ["000000.png"]
         files = [np.asarray(Image.open(f)) for f in two_classes.rglob("*.png")]
         x = normalize(torch.from_numpy(np.stack(files))).mean((1, 2)).double()
@@ -989,25 +1010,27 @@ def test_one_network_for_every_ratio_from_the_command_line(trained, two_classes,
             *args, main=sample.main)
         return (tmp_path / out).with_name(f"{out}-grid.png")
     grid = (tmp_path / "run/grid-000000.032.png").read_bytes()
-    as_training = ["--grid", "--solver", "multistep", "--steps", 12]
+    as_training = ["--solver", "multistep", "--steps", 12]
     assert draw("plain", *as_training).read_bytes() == grid
     assert draw("half", *as_training, "--bnr", 0.5).read_bytes() == grid
-    others = [draw("s", "--grid", *args.split()).read_bytes()
+    others = [draw("s", *args.split()).read_bytes()
               for args in ("--bnr 0", "--bnr 10", "--path blurring")]
     assert len({grid, *others}) == 4
     run(monkeypatch, "--ckpt", ckpt, "--device", "cpu", "--steps", 2, "--bnr", 0, 0.5, 2, "--out",
         tmp_path / "film.png", main=strip.main)
     height = Image.open(tmp_path / "film.png").height
     assert height == 16 + 3 * 4 * 66                            # four rows a ratio
-    for args, words in (("--bnr 11", "--bnr 11: this model was trained for ratios from 0 to 10"),
+    refused(capsys, lambda: run(monkeypatch, "--ckpt", ckpt, "--bnr", 0, "--path", "blurring",
+                                main=strip.main), "--bnr and --path are two ways")
+    for args, words in (("--bnr 11", "--bnr 11: the model knows ratios from 0 to 10"),
                         ("--bnr 1 --path blurring", "--bnr and --path are two ways"),
                         ("--bnr 0 --path blurring", "--bnr and --path are two ways"),
-                        ("--bnr nan", "--bnr must be a number of at least 0"),
+                        ("--bnr nan", "--bnr: must be a number of at least 0"),
                         ("--bnr 0 1", "unrecognized arguments: 1")):
         refused(capsys, lambda: draw("s", *args.split()), words)
     for args in ("--bnr 0", "--bnr 0.5", "--path blurring"):
         refused(capsys, lambda: draw("s", *args.split(), ckpt=trained / "run/ema.pt"),
-                "--bnr and --path are for a model trained with --bnr any", "BNR 0.5")
+                "--bnr and --path are for a model trained with --bnr any")
 
 
 def test_a_run_starts_from_another_models_weights(images, tmp_path, monkeypatch, capsys):
