@@ -1,31 +1,21 @@
 """The Frechet Inception distance (FID) as EDM and the original TensorFlow code compute it.
 
-    python fid.py samples/ --ref cifar10                      # images on disk
-    python fid.py --ckpt run/ema.pt --ref cifar10             # sample and score, three draws
-    python fid.py --ckpt any/ema.pt --ref cifar10 --bnr 0 0.5 # a network of --bnr any, by ratio
-    torchrun --nproc_per_node=8 fid.py --ckpt run/ema.pt --ref cifar10          # on eight GPUs
-
-Images are read as train.py reads them. So transparent parts are on white; EDM's and pytorch-fid's
-readers leave alpha out, and FIDs of transparent images differ.
+    python fid.py samples/ --ref cifar10                 # of images on disk, those of sample.py
+    python fid.py draw1/ draw2/ draw3/ --ref cifar10     # three draws: the lowest, mean and spread
 """
 import hashlib
 import json
-import math
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from data import load
 from inception import WIDTH, load_inception
-from model import load_model
-from sample import generate, sampler, sampler_options, sampling_path
-from util import (Parser, UserError, any_rank, atomic_write, full_float32, number, or_a_warning,
-                  printable, process_group, rank, rank_0_first, reason, refuse_special, say,
-                  to_uint8, warn, world_size)
+from util import (Parser, UserError, add_device_option, atomic_write, number, or_a_warning,
+                  printable, reason, refuse_special, say, warn)
 
 FACTS = {"num": int, "source": str, "resize": str, "weights": str, "size": str}  # of statistics
 
@@ -51,60 +41,32 @@ def factor(cov):
 
 
 @torch.no_grad()
-def mean_and_covariance(batches, net, batch=256):
+def mean_and_covariance(batches, net):
     """Of the features of net [B, D] over uint8 batches [B, C, H, W], in one pass that keeps no
-    features: float64 arrays [D] and [D, D], and the number of images.
-
-    In a process group each process gives its share of the images, which may be none, and each gets
-    the result for all. Raises UserError for fewer than two images.
-    """
-    n, total, outer, mine = 0, 0, 0, None
-    for images in (part for some in batches for part in some.split(batch)):
+    features: float64 arrays [D] and [D, D], and the number of images. Raises UserError for fewer
+    than two images."""
+    n, total, outer, origin = 0, 0, 0, None
+    for images in batches:
         f = net(images).double()
-        if n == 0:                          # sums are taken around a point near the mean: far from
-            origin = f.mean(0)              # it, large numbers would cancel and lose digits
-        f = f - origin
+        origin = f.mean(0) if origin is None else origin        # sums are taken around a point near
+        f = f - origin                      # the mean: far from it, large numbers would cancel
         n, total, outer = n + len(f), total + f.sum(0), outer + f.T @ f
-    if n:
-        scatter = outer - torch.outer(total, total) / n
-        mine = n, (origin + total / n).cpu(), scatter.cpu()
-    parts = [mine]
-    if world_size() > 1:
-        parts = [None] * world_size()
-        dist.all_gather_object(parts, mine)
-    parts = [part for part in parts if part]
-    n = sum(m for m, _, _ in parts)
     if n < 2:
-        raise UserError("one image has no covariance: give at least two" if n else
-                        "there are no images to take statistics of")
-    mean = sum(m * mu for m, mu, _ in parts) / n
-    scatter = sum(s + m * torch.outer(mu - mean, mu - mean) for m, mu, s in parts)
-    return mean.numpy(), (scatter / (n - 1)).numpy(), n
+        raise UserError(f"a covariance takes at least two images, not {n}")
+    cov = (outer - torch.outer(total, total) / n) / (n - 1)
+    return (origin + total / n).cpu().numpy(), cov.cpu().numpy(), n
 
-
-def statistics(batches, net, resize, digest, source, batch=256):
-    """Uint8 batches [B, 1 or 3, H, W] -> mu, sigma and how they were made, in the layout of the
-    statistics files of EDM and pytorch-fid. net, digest: see load_inception."""
-    mu, sigma, n = mean_and_covariance(batches, partial(net, resize=resize), batch)
-    return {"mu": mu, "sigma": sigma, "num": n, "source": source, "resize": resize,
-            "weights": digest}
-
-
-# Files
 
 def opened(spec, resolution=None, keep=True):
     """The statistics in spec, a dict, or else its images, data.Images. Raises UserError."""
     path = Path(spec)
-    if path.suffix == ".pkl":
-        raise UserError(f"{path} could run code: give an .npz; of EDM2's, if you trust it, "
-                        f"np.savez('x.npz', **pickle.load(open({spec!r}, 'rb'))['fid'])")
     stats = read_statistics(path) if path.suffix == ".npz" and path.exists() else None
     return stats or load(spec, resolution, keep=keep)
 
 
 def read_statistics(path):
-    """An .npz of mu [2048] and sigma [2048, 2048] -> dict; None where it holds others. Raises
-    UserError."""
+    """An .npz of a finite mean mu [2048] and a covariance sigma [2048, 2048], to float32's rounding
+    -> dict; None where it holds others. Raises UserError."""
     refuse_special(path)
     try:
         with np.load(path, allow_pickle=False) as z:
@@ -114,52 +76,43 @@ def read_statistics(path):
             if max(z.zip.getinfo(f"{name}.npy").file_size for name in names) > 2 ** 26:
                 raise ValueError("it unpacks to more than statistics need")
             found = {name: FACTS.get(name, np.float64)(z[name]) for name in names}
+        mu, sigma = found["mu"], found["sigma"]
+        unit = sigma / max(np.abs(sigma).max(), 1e-300)         # or large values would overflow
+        values = np.linalg.eigvalsh(unit)                       # in ascending order
+        if mu.shape != (WIDTH,) or sigma.shape != (WIDTH, WIDTH) or not np.isfinite(mu).all() \
+                or not np.abs(unit - unit.T).max() < 1e-5 or not values[0] >= -1e-5 * values[-1]:
+            raise ValueError(f"FID takes a finite mu [{WIDTH}] and a sigma [{WIDTH}, {WIDTH}] that "
+                             "is symmetric, without negative eigenvalues")
     except Exception as e:                                      # zip, zlib and NumPy differ
         raise UserError(f"{path} cannot be read: {reason(e)}") from None
-    mu, sigma = torch.from_numpy(found["mu"]), torch.from_numpy(found["sigma"])
-    if mu.shape != (WIDTH,) or sigma.shape != (WIDTH, WIDTH) or not mu.isfinite().all() \
-            or not is_covariance(sigma):
-        raise UserError(f"{path} holds mu {list(mu.shape)} and sigma {list(sigma.shape)}: FID "
-                        f"takes a finite mu [{WIDTH}] and a covariance [{WIDTH}, {WIDTH}] "
-                        "(symmetric, no negative eigenvalue)")
-    return {"num": None, "source": str(path), **found}
+    return {**found, "source": found.get("source", str(path))}
 
 
-def is_covariance(sigma):
-    """Whether float64 [D, D] is symmetric and positive semi-definite, to float32's rounding."""
-    sigma = sigma / sigma.abs().max().clamp(min=1e-300)         # or large values would overflow
-    if not (sigma - sigma.T).abs().max() < 1e-5:                # NaN is not, either
-        return False
-    values = torch.linalg.eigvalsh(sigma)                       # in ascending order
-    return bool(values[0] >= -1e-5 * values[-1])
+def statistics_of(found, spec, net, made, batch=256, num=None, folder=None):
+    """The statistics of what `opened` has found in spec, of num images or all: mu, sigma and how
+    they were made, named as in the files of EDM and pytorch-fid. net: see load_inception.
 
-
-def statistics_of(found, spec, num=None, size=None, folder=None, **how):
-    """The statistics of what `opened` has found in spec, of num images or all. UserError where they
-    are made in another way than is asked for. folder: they are kept there, and reused for the very
-    same pixels, resize rule and weights. how: net, resize, digest and batch of `statistics`."""
-    saved = isinstance(found, dict)
-    made = found if saved else {"size": "{} x {}".format(*found.images.shape[2:])}
-    for what, asked in (("size", size), ("resize", how["resize"]), ("weights", how["digest"])):
-        if asked and made.get(what, asked) != asked:
-            raise UserError(f"{spec} has the {what} {made[what]}, not {asked}: give other images "
-                            "or the same option")
-    if saved:
-        if "resize" not in found and rank() == 0:
-            warn(f"warning: {spec} does not say how it was made: resize rule, weights and size")
+    made: the net's "resize" rule and the digest of its "weights"; UserError where what is found was
+    made otherwise. folder: statistics are kept there, and reused for the same pixels and `made`.
+    """
+    if isinstance(found, dict):
+        for what, asked in made.items():
+            if found.get(what, asked) != asked:
+                raise UserError(f"{spec} has the {what} {found[what]}, not {asked}: give images, "
+                                "or the same option")
         return found
+    facts = {**made, "size": "{} x {}".format(*found.images.shape[2:])}
     source = str(Path(spec).parent / found.name) + ", training split" * (spec == "cifar10")
     if folder:
-        key = repr((found.facts()["digest"], made["size"], how["resize"], how["digest"])).encode()
-        name = f"fid-{Path(spec).resolve().stem}-{hashlib.sha256(key).hexdigest()[:12]}.npz"
-        kept = Path(folder, name)
-        if not any_rank([] if kept.exists() else [1]):          # each machine may have its own disk
+        key = repr((found.facts()["digest"], sorted(facts.items()))).encode()
+        kept = Path(folder, f"fid-{hashlib.sha256(key).hexdigest()[:16]}.npz")
+        if kept.exists():
             return {**read_statistics(kept), "source": source}
     chosen = np.sort(np.random.RandomState(0).permutation(len(found.images))[:num])
-    mine = torch.from_numpy(chosen[rank()::world_size()]).split(how["batch"])
-    bar = tqdm(mine, printable(source), unit=" batches", disable=rank() > 0)
-    stats = {**statistics((found.images[i] for i in bar), source=source, **how), **made}
-    if folder and rank() == 0:
+    bar = tqdm(torch.from_numpy(chosen).split(batch), printable(source), unit=" batches")
+    mu, sigma, n = mean_and_covariance((found.images[i] for i in bar), net)
+    stats = {"mu": mu, "sigma": sigma, "num": n, "source": source, **facts}
+    if folder:
         with or_a_warning(kept):
             kept.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(kept) as f:
@@ -167,141 +120,52 @@ def statistics_of(found, spec, num=None, size=None, folder=None, **how):
     return stats
 
 
-def drawn_batches(net, path, shape, first, num, device, batch, **options):
-    """Yields the images of seeds first to first + num - 1, uint8 [B, C, H, W]; this process's
-    share. options: see sample.generate."""
-    seeds = range(first + rank(), first + num, world_size())
-    with tqdm(desc=f"seeds {first}-{first + num - 1}", total=len(seeds), unit=" images",
-              disable=rank() > 0) as bar:
-        for x in generate(net, path, shape, seeds, device, batch, **options):
-            yield to_uint8(x)
-            bar.update(len(x))
-
-
-# The command line
-
 def main():
-    p = Parser(description="The FID of images on disk, or of a model's samples, to a reference.")
+    p = Parser(description="The FID of images on disk to a reference.")
     a = p.add_argument
-    a("samples", nargs="?", help="images as train.py takes them, or a statistics file (.npz); "
-                                 "transparent parts go on white")
+    a("samples", nargs="+", help="images as train.py takes them, or a statistics file (.npz); "
+                                 "transparent parts go on white. Several are draws of one model")
     a("--ref", required=True, help="the reference, likewise; its statistics are kept in data/")
     a("--resolution", type=number(int, 1, 4096),
-      help="side that both are cropped and resized to (default: as they are, or the model's)")
-    a("--images", type=number(int, 2), help="images to score, at most (default 50000)")
+      help="side that both are cropped and resized to (default: as they are)")
+    a("--images", type=number(int, 2), default=50000, help="images to score (default 50000)")
     a("--batch", type=number(int, 1), default=256, help="images at a time (default 256)")
     a("--weights", help="the network's published weights (default: fetched once into data/)")
     a("--resize", choices=["tf1", "pytorch"], default="tf1",
       help="tf1: the original's and EDM's; pytorch: pytorch-fid's (default tf1)")
-    a("--json", action="store_true", help="print JSON: an object, or with --bnr a list of them")
-    a("--ckpt", help="instead of samples: draw them from this model, ema.pt of train.py")
-    sampling = p.add_argument_group("for --ckpt, but the device for all")
-    a = sampling.add_argument
-    a("--draws", type=number(int, 1), default=3, help="each with seeds of its own (default 3)")
-    a("--bnr", type=number(float, 0), nargs="+", metavar="R",
-      help="for a model of --bnr any: the ratios to score, 0 to 10 (default 0.5)")
-    sampler_options(sampling)
+    a("--json", action="store_true", help="print a JSON list with an object for each draw")
+    add_device_option(p)
     args = p.parse_args()
-    if bool(args.samples) == bool(args.ckpt):
-        p.error("give either samples or --ckpt")
-    for action in () if args.ckpt else sampling._group_actions:
-        if action.dest != "device" and getattr(args, action.dest) != action.default:
-            p.error(f"{action.option_strings[0]} is for --ckpt: images on disk are as they are")
-    if args.bnr and args.path:
-        p.error("--bnr and --path are two ways to choose the path: give one of them")
-    with process_group(), p.one_line_errors():
-        full_float32()
-        report(score_model(args) if args.ckpt else score_images(args), args)
-
-
-def score_images(args):
-    """The result to print, in a list. Raises UserError."""
-    samples = opened(args.samples, args.resolution, keep=False)
-    if args.images and isinstance(samples, dict):
-        raise UserError(f"--images {args.images}: {args.samples} holds statistics, not the images")
-    size = args.resolution and f"{args.resolution} x {args.resolution}"
-    ref, about, how = reference(args, args.resolution, size)
-    stats = statistics_of(samples, args.samples, args.images or 50000, size, **how)
-    return [{"fid": distance(stats, ref), "samples": stats["source"], "generated": stats["num"],
-             "size": stats.get("size"), **about}]
-
-
-def score_model(args):
-    """The results to print, one for each ratio. Raises UserError."""
-    net, checkpoint = load_model(args.ckpt, args.device, args.precision, args.compile)
-    options, nfe = sampler(args, net, checkpoint)
-    paths = [sampling_path(checkpoint, bnr, args.path) for bnr in args.bnr or [None]]
-    facts, num = checkpoint["data"], args.images or 50000
-    if facts.get("latents") or facts["shape"][0] not in (1, 3):
-        kind = "floats" if facts.get("latents") else f"images of {facts['shape'][0]} channels"
-        raise UserError(f"{args.ckpt} makes {kind}: FID needs images of 1 or 3")
-    if net.classes:
-        options["counts"] = facts.get("counts")                 # as often as the data have them
-    size = "{} x {}".format(*facts["shape"][1:])
-    ref, about, how = reference(args, args.resolution or checkpoint["options"]["resolution"], size)
-    about.update(samples=args.ckpt, generated=num, size=size, nfe=nfe, precision=args.precision,
-                 path=args.path)
-    about.update((k, v) for k, v in options.items()
-                 if k not in ("colour", "counts") and v != math.inf)
-    results = []
-    for bnr, path in zip(args.bnr or [None], paths):
-        fids = []
-        for first in range(0, args.draws * num, num):
-            batches = drawn_batches(net, path, facts["shape"], first, num, args.device, args.batch,
-                                    **options)
-            fids.append(distance(statistics(batches, source=args.ckpt, **how), ref))
-            if rank() == 0:                                     # what an interruption leaves
-                warn(f"draw {len(fids)} of {args.draws}: FID {fids[-1]:.4f}")
-        std = float(np.std(fids, ddof=1)) if len(fids) > 1 else None
-        results.append({"bnr": bnr, "fid": min(fids), "draws": fids, "mean": float(np.mean(fids)),
-                        "std": std, **about})
-    return results
-
-
-def reference(args, resolution, size):
-    """The reference's statistics, what a result says of it, and the keywords of `statistics`."""
-    with rank_0_first():                                        # it makes or fetches them for all
-        found = opened(args.ref, resolution or None)
+    with p.one_line_errors():
+        samples = [opened(spec, args.resolution, keep=False) for spec in args.samples]
+        found = opened(args.ref, args.resolution)
         net, digest = load_inception(args.weights, args.device)
-    how = {"net": net, "resize": args.resize, "digest": digest, "batch": args.batch}
-    ref = statistics_of(found, args.ref, size=size, folder="data", **how)
-    return ref, {"reference": ref["source"], "reference_num": ref["num"],
-                 "reference_size": ref.get("size"), "resize": args.resize,
-                 "weights_sha256": digest}, how
+        net, made = partial(net, resize=args.resize), {"resize": args.resize, "weights": digest}
+        ref = statistics_of(found, args.ref, net, made, args.batch, folder="data")
+        draws = [statistics_of(one, spec, net, made, args.batch, args.images)
+                 for one, spec in zip(samples, args.samples)]
+        report(draws, ref, args.json)
 
 
-def distance(stats, ref):
-    return frechet_distance(stats["mu"], stats["sigma"], ref["mu"], ref["sigma"])
-
-
-def report(results, args):
-    """Prints the results, and warnings where the FID of so few images means little."""
-    if rank() > 0:
-        return
-    r = results[0]
-    if (r["generated"] or 50000) < 50000 or (r["reference_num"] or 2048) < 2048:
+def report(draws, ref, as_json):
+    """Prints the distances of statistics, and warnings where they mean little."""
+    fids = [frechet_distance(d["mu"], d["sigma"], ref["mu"], ref["sigma"]) for d in draws]
+    *sides, ref = [{k: v for k, v in d.items() if k in FACTS} for d in (*draws, ref)]
+    if min(d.get("num", 50000) for d in sides) < 50000 or ref.get("num", 2048) < 2048:
         warn("warning: the FID of fewer than 50,000 generated images is higher, and of fewer than "
              "2,048 on either side it means little: compare it only at the same numbers")
-    if r["size"] and r["reference_size"] not in (None, r["size"]):
+    if len({d["size"] for d in (*sides, ref) if "size" in d}) > 1:
         warn("warning: images of different sizes make no fair comparison: give --resolution")
-    if args.json:
-        say(json.dumps(results if args.bnr else r))
+    if as_json:
+        say(json.dumps([{"fid": fid, "samples": side, "reference": ref}
+                        for fid, side in zip(fids, sides)]))
         return
-    for row in results if args.ckpt else ():
-        ratio = f"BNR {row['bnr']:g}: " if args.bnr else ""
-        spread = "" if row["std"] is None else f" +- {row['std']:.4f}"
-        say(f"{ratio}draws {', '.join(f'{fid:.4f}' for fid in row['draws'])}; lowest "
-            f"{row['fid']:.4f} (the paper's convention), mean {row['mean']:.4f}{spread}")
-    if args.ckpt:
-        names = "solver steps nfe churn s_min s_max s_noise path label precision".split()
-        say("sampler: " + ", ".join(f"{k} {r[k]}" for k in names if r.get(k) is not None))
-    sides = [f"{'an unknown number of' if n is None else format(n, ',')} images of {source}"
-             + (f" at {size}" if size else "") for n, source, size in
-             ((r["generated"], r["samples"], r["size"]),
-              (r["reference_num"], r["reference"], r["reference_size"]))]
-    fid = "of" if args.bnr else f"{r['fid']:.4f}  "
-    say(f"FID {fid} {' against '.join(sides)}; resize {r['resize']}, weights "
-        f"{r['weights_sha256'][:8]}")
+    for fid, side in zip(fids, sides):
+        say(f"FID {fid:.4f}: {', '.join(f'{k} {v}' for k, v in side.items())}")
+    if len(fids) > 1:
+        say(f"the lowest (the paper's convention) {min(fids):.4f}; mean {np.mean(fids):.4f} +- "
+            f"{np.std(fids, ddof=1):.4f}")
+    say(f"reference: {', '.join(f'{k} {v}' for k, v in ref.items())}")
 
 
 if __name__ == "__main__":

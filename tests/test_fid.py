@@ -3,25 +3,19 @@ import hashlib
 import json
 import os
 import pickle
-import re
-import socket
 import sys
 import zlib
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.distributed.run import get_args_parser
 
 import data
 import fid
 import inception
-import sample
-import train
-from degrade import ConstantBNR
 from fid import frechet_distance, mean_and_covariance, opened, read_statistics, statistics_of
 from inception import InceptionV3, load_inception
 from test_data import png, server  # noqa: F401  (a fixture)
@@ -30,7 +24,7 @@ from util import UserError
 HERE = Path(__file__).parent
 KEYS = json.load(open(HERE / "inception_keys.json"))
 GOLDEN = np.load(HERE / "inception_golden.npz")
-SMALL = "--device cpu --resolution 8 --attention 4 --duration 0.016 --sample-steps 1".split()
+MADE = {"resize": "tf1", "weights": "0"}
 
 def filled(name, shape):
     """The golden features' rule for a tensor of that name."""
@@ -96,9 +90,9 @@ def test_grey_is_three_equal_channels(net):
 def test_an_unknown_resize_other_channels_and_floats_are_refused(net):
     with pytest.raises(ValueError, match="tf1 or pytorch"):
         net(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "bicubic")
-    with pytest.raises(UserError, match="1 or 3 channels, not uint8 of 4"):
+    with pytest.raises(UserError, match="1 or 3 channels, torch.uint8, not of 4, "):
         net(torch.zeros(1, 4, 8, 8, dtype=torch.uint8))
-    with pytest.raises(UserError, match="not float32 of 3"):
+    with pytest.raises(UserError, match="not of 3, torch.float32"):
         net(torch.zeros(1, 3, 8, 8))
 
 
@@ -175,15 +169,14 @@ def test_singular_covariances():
     assert frechet_distance(np.zeros(3), np.zeros((3, 3)), np.ones(3), np.zeros((3, 3))) == 3
 
 
-@pytest.mark.parametrize("sizes, batch",
-                         [([1000], 256), ([1] * 10 + [990], 7), ([333, 333, 334], 1000)])
-def test_streaming_statistics_are_numpys(sizes, batch):
-    g = torch.Generator().manual_seed(batch)
+@pytest.mark.parametrize("sizes", [[1000], [1] * 10 + [990], [7] * 142 + [6]])
+def test_streaming_statistics_are_numpys(sizes):
+    g = torch.Generator().manual_seed(len(sizes))
     images = torch.randint(0, 256, (1000, 3, 2, 2), dtype=torch.uint8, generator=g)
 
     def net(images):                        # far from 0, where plain sums of squares lose digits
         return 1000 + (images.flatten(1).float() / 255) ** 2
-    mu, cov, n = mean_and_covariance(images.split(sizes), net, batch)
+    mu, cov, n = mean_and_covariance(images.split(sizes), net)
     f = net(images).double().numpy()
     expected = np.cov(f, rowvar=False)
     assert mu.dtype == cov.dtype == np.float64 and n == 1000
@@ -191,45 +184,13 @@ def test_streaming_statistics_are_numpys(sizes, batch):
     assert np.abs(cov - expected).max() <= 1e-10 * np.abs(expected).max()
 
 
-def share_of_statistics(rank, port, images, folder):
-    def net(images, resize=None):
-        return images.flatten(1).float() + 100
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2,
-                                         timeout=timedelta(seconds=60))
-    mu, cov, n = mean_and_covariance(images[rank::2].split(7), net, 5)
-    alone = mean_and_covariance([images] if rank == 1 else [], net)
-    assert all(np.allclose(a, b) for a, b in zip(alone, (mu, cov, n)))
-    with pytest.raises(UserError, match="one image"):
-        mean_and_covariance([images[:1]] if rank == 0 else [], net)
-    with pytest.raises(UserError, match="no images"):
-        mean_and_covariance([], net)
-    fid.WIDTH = 12
-    found = data.Images(images, torch.zeros(len(images), dtype=torch.long), ["all"], "noise")
-    how = dict(net=net, resize="tf1", digest="0", batch=5)
-    for _ in range(2):                                          # where one disk has no file of them
-        stats = statistics_of(found, "noise", folder=f"{folder}/{rank}", **how)
-        assert all(np.allclose(a, stats[k]) for k, a in (("mu", mu), ("sigma", cov), ("num", n)))
-    if rank == 1:
-        assert not Path(folder, "1").exists()
-        np.savez(f"{folder}/r.npz", mu=mu, cov=cov, n=n)
-    torch.distributed.destroy_process_group()
+def test_fewer_than_two_images_have_no_covariance():
+    for images in ([], [torch.zeros(1, 3, 2, 2).byte()]):
+        with pytest.raises(UserError, match=f"two images, not {len(images)}"):
+            mean_and_covariance(images, lambda x: x.flatten(1).float())
 
 
-def test_two_processes_share_the_work(tmp_path):
-    """Each takes every other image, and each has the statistics of all; a process without images
-    has them too."""
-    images = torch.randint(0, 256, (101, 3, 2, 2), dtype=torch.uint8)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    arguments = port, images, str(tmp_path)
-    torch.multiprocessing.spawn(share_of_statistics, arguments, nprocs=2)
-    shared, f = np.load(tmp_path / "r.npz"), images.flatten(1).double().numpy() + 100
-    assert shared["n"] == 101 and np.allclose(shared["mu"], f.mean(0), rtol=1e-12)
-    assert np.allclose(shared["cov"], np.cov(f, rowvar=False), rtol=1e-10, atol=1e-8)
-
-
-# The command line on images
+# The command line
 
 class SmallNet(torch.nn.Module):
     """12 features, the means of an image's quarters."""
@@ -267,10 +228,6 @@ def refused(monkeypatch, capsys, *args):
     return err.strip().splitlines()[-1]
 
 
-def train_a_model(out, *args, **parts):
-    train.train(train.options([*SMALL, "--out", out, *map(str, args)]), **parts)
-
-
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "a").mkdir()
@@ -303,9 +260,11 @@ def test_end_to_end_with_a_weights_file(folder, weights, tmp_path, monkeypatch, 
     shifted = np.minimum(images + 50, 255).astype(np.uint8)
     np.save("shifted.npy", shifted)
     out = run(monkeypatch, capsys, "shifted.npy", "--ref", folder, "--weights", weights, "--json")
-    result = json.loads(out.out)
-    assert result["weights_sha256"] == hashlib.sha256(Path(weights).read_bytes()).hexdigest()
-    assert result["generated"] == result["reference_num"] == 6
+    result, = json.loads(out.out)
+    digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+    facts = {"num": 6, "resize": "tf1", "weights": digest, "size": "16 x 16"}
+    assert result["samples"] == {**facts, "source": "shifted.npy"}
+    assert result["reference"] == {**facts, "source": str(folder)}
     assert "50,000" in out.err and "2,048" in out.err
     net = load_inception(weights)[0]
     f, g = (net(torch.from_numpy(p).permute(0, 3, 1, 2)).double().numpy()
@@ -321,8 +280,9 @@ def test_statistics_are_kept_reused_and_readable_by_others(folder, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     small_net(monkeypatch)
     first = run(monkeypatch, capsys, folder, "--ref", folder)
-    assert first.out.startswith("FID 0.0000   6 images of")
-    kept, = Path("data").glob("fid-a-*.npz")
+    made = f"num 6, source {folder}, resize tf1, weights {'f' * 64}, size 16 x 16"
+    assert first.out.splitlines() == [f"FID 0.0000: {made}", f"reference: {made}"]
+    kept, = Path("data").glob("fid-*.npz")
     saved = np.load(kept, allow_pickle=False)
     f = pixels_of(folder).reshape(6, 2, 8, 2, 8, 3).mean((2, 4)) / 255
     f = f.transpose(0, 3, 1, 2).reshape(6, 12)
@@ -330,21 +290,15 @@ def test_statistics_are_kept_reused_and_readable_by_others(folder, tmp_path, mon
     assert np.allclose(saved["sigma"], np.cov(f, rowvar=False), atol=1e-6)
     assert str(saved["source"]) == str(folder) and saved["num"] == 6
     assert str(saved["resize"]) == "tf1" and str(saved["size"]) == "16 x 16"
-    monkeypatch.setattr(fid, "statistics", lambda *a, **kw: pytest.fail("computed again"))
-    again = run(monkeypatch, capsys, kept, "--ref", folder)
-    assert all(word in out for out in (first.out, again.out)
-               for word in ("6 images", "at 16 x 16", "resize tf1", "weights ffffffff"))
-    assert "does not say" not in again.err
+    monkeypatch.setattr(fid, "mean_and_covariance", lambda *a: pytest.fail("computed again"))
+    assert run(monkeypatch, capsys, kept, "--ref", folder).out == first.out
     np.savez("theirs.npz", mu=saved["mu"], sigma=saved["sigma"])        # as EDM and pytorch-fid do
     theirs = run(monkeypatch, capsys, kept, "--ref", "theirs.npz")
-    assert "against an unknown number of images of theirs.npz; resize" in theirs.out
-    assert "theirs.npz does not say" in theirs.err
-    assert "an unknown number of images of theirs.npz against 6" in run(
-        monkeypatch, capsys, "theirs.npz", "--ref", kept).out
+    assert theirs.out.endswith("reference: source theirs.npz\n")      # all that it says
+    theirs = run(monkeypatch, capsys, "theirs.npz", "--ref", kept)
+    assert theirs.out.startswith("FID 0.0000: source theirs.npz\n")
     assert "resize tf1, not pytorch" in refused(monkeypatch, capsys, kept, "--ref", kept,
                                                 "--resize", "pytorch")
-    assert "size 16 x 16, not 8 x 8" in refused(monkeypatch, capsys, kept, "--ref", kept,
-                                                "--resolution", 8)
 
 
 def test_only_the_very_same_images_have_the_kept_statistics(folder, tmp_path, monkeypatch):
@@ -359,8 +313,8 @@ def test_only_the_very_same_images_have_the_kept_statistics(folder, tmp_path, mo
             calls.append(resize)
             return SmallNet()(images)
         del calls[:]
-        stats = statistics_of(opened(str(spec), resolution), spec, folder="data", net=net,
-                              resize=resize, digest=digest, batch=100)
+        stats = statistics_of(opened(str(spec), resolution), spec, partial(net, resize=resize),
+                              {"resize": resize, "weights": digest}, folder="data")
         return stats["source"], stats["num"], bool(calls)
     np.save("a.npy", pixels_of(folder))
     assert source_and_count("a.npy") == ("a.npy", 6, True)
@@ -385,19 +339,17 @@ def test_the_resolution_is_that_of_training(sizes, tmp_path, monkeypatch, capsys
     images = data.load(str(sizes), 8).images                    # [N, 3, 8, 8]
     np.save("at8.npy", images.permute(0, 2, 3, 1).numpy())
     out = run(monkeypatch, capsys, "at8.npy", "--ref", sizes, "--resolution", 8)
-    assert out.out.startswith("FID 0.0000") and f"40 images of {sizes} at 8 x 8; resize" in out.out
+    assert out.out.startswith("FID 0.0000") and f"num 40, source {sizes}, resize tf1" in out.out
+    assert out.out.count("size 8 x 8") == 2
     assert "fair" not in out.err
     np.save("at16.npy", np.repeat(np.repeat(np.load("at8.npy"), 2, 1), 2, 2))
     assert "no fair comparison" in run(monkeypatch, capsys, "at8.npy", "--ref", "at16.npy").err
     assert "resolution" in refused(monkeypatch, capsys, sizes, "--ref", sizes)
-    with pytest.raises(UserError, match="at16.npy has the size 16 x 16, not 8 x 8"):
-        statistics_of(opened("at16.npy"), "at16.npy", size="8 x 8", net=SmallNet(), resize="tf1",
-                      digest="0", batch=9)
-    trained = fid.statistics(images.split(7), SmallNet(), "tf1", "0", "x")
-    kept, = (np.load(f) for f in Path("data").glob("fid-sizes-*.npz"))
-    assert kept["num"] == trained["num"] == 40 and str(kept["size"]) == "8 x 8"
-    assert np.allclose(kept["mu"], trained["mu"], rtol=1e-12)
-    assert np.allclose(kept["sigma"], trained["sigma"], rtol=1e-10, atol=1e-15)
+    mu, sigma, n = mean_and_covariance(images.split(7), SmallNet())
+    kept, = (k for k in map(read_statistics, Path("data").glob("fid-*.npz")) if k["num"] == 40 and
+             k["size"] == "8 x 8")
+    assert n == 40 and np.allclose(kept["mu"], mu, rtol=1e-12)
+    assert np.allclose(kept["sigma"], sigma, rtol=1e-10, atol=1e-15)
 
 
 def test_a_number_of_images_is_a_fixed_draw(folder):
@@ -405,12 +357,11 @@ def test_a_number_of_images_is_a_fixed_draw(folder):
     found = opened(str(folder))
     seen = []
 
-    def net(images, resize):
+    def net(images):
         seen.extend(images[:, 0, 0, 0].tolist())
         return images[:, 0, 0].float()
     for _ in range(2):
-        assert statistics_of(found, "a", num=4, net=net, resize="tf1", digest="0",
-                             batch=3)["num"] == 4
+        assert statistics_of(found, "a", net, MADE, batch=3, num=4)["num"] == 4
     pixels = found.images[:, 0, 0, 0].tolist()
     assert seen[:4] == seen[4:] and set(seen) < set(pixels) and seen[:4] != pixels[:4]
 
@@ -424,7 +375,8 @@ def test_samples_are_not_kept(folder, tmp_path, monkeypatch, capsys):
     np.save("ref.npy", pixels_of(folder))
     run(monkeypatch, capsys, folder, "--ref", "ref.npy", "--images", 4)
     assert kept == {str(folder): False, "ref.npy": True}
-    assert [f.name[:7] for f in Path("data").iterdir()] == ["fid-ref"]
+    file, = Path("data").iterdir()
+    assert np.load(file)["source"] == "ref.npy"
 
 
 def test_the_array_of_an_npz_is_named(folder, tmp_path, monkeypatch, capsys):
@@ -432,7 +384,7 @@ def test_the_array_of_an_npz_is_named(folder, tmp_path, monkeypatch, capsys):
     small_net(monkeypatch)
     np.savez("x.npz", train=pixels_of(folder), labels=np.arange(6))
     out = run(monkeypatch, capsys, tmp_path / "x.npz", "--ref", folder).out
-    assert f"6 images of {tmp_path}/x.npz at 16 x 16 against" in out
+    assert f": num 6, source {tmp_path}/x.npz, resize" in out
 
 
 def test_data_that_cannot_be_written_costs_nothing(folder, tmp_path, monkeypatch, capsys):
@@ -443,17 +395,24 @@ def test_data_that_cannot_be_written_costs_nothing(folder, tmp_path, monkeypatch
     assert out.out.startswith("FID 0.0000") and "could not be written" in out.err
 
 
-def test_no_option_is_taken_by_torchrun(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["fid.py", "--help"])
-    with pytest.raises(SystemExit):
-        fid.main()
-    text = capsys.readouterr().out
-    assert "transparent parts go on white" in " ".join(text.split())
-    options = set(re.findall(r"^  (--[a-z-]+)", text, re.M))
-    assert {"--images", "--ref", "--class"} <= options
-    for option in options:
-        parsed = get_args_parser().parse_args(["--nproc_per_node=2", "fid.py", option, "1"])
-        assert parsed.training_script_args == [option, "1"]
+def test_several_draws_are_scored_at_once(folder, tmp_path, monkeypatch, capsys):
+    """The lowest, the paper's convention; their mean and standard deviation."""
+    monkeypatch.chdir(tmp_path)
+    small_net(monkeypatch)
+    names = ["a.npy", "b.npy", "c.npy"]
+    for i, name in enumerate(names):
+        np.save(name, np.minimum(pixels_of(folder) + 9 * i ** 2 + 5, 255).astype(np.uint8))
+    results = run_json(monkeypatch, capsys, *names, "--ref", folder)
+    assert [r["samples"]["source"] for r in results] == names
+    assert all(r["reference"]["source"] == str(folder) for r in results)
+    alone = [run_json(monkeypatch, capsys, name, "--ref", folder)[0] for name in names]
+    assert results == alone and len({r["fid"] for r in results}) == 3
+    *lines, last, ref = run(monkeypatch, capsys, *names, "--ref", folder).out.splitlines()
+    fids = [r["fid"] for r in results]
+    assert [line.split(",")[0] for line in lines] == [f"FID {f:.4f}: num 6" for f in fids]
+    assert last == (f"the lowest (the paper's convention) {min(fids):.4f}; mean {np.mean(fids):.4f}"
+                    f" +- {np.std(fids, ddof=1):.4f}")
+    assert ref.startswith(f"reference: num 6, source {folder}")
 
 
 def test_a_sigma_that_is_not_a_covariance_is_refused(tmp_path, monkeypatch):
@@ -464,7 +423,7 @@ def test_a_sigma_that_is_not_a_covariance_is_refused(tmp_path, monkeypatch):
     slightly = np.diag([1.] * 11 + [-1e-3])
     for sigma in (-np.eye(12), skewed, slightly, np.full((12, 12), 1e308) - np.eye(12) * 1e308):
         np.savez(tmp_path / "s.npz", mu=np.zeros(12), sigma=sigma)
-        with pytest.raises(UserError, match="s.npz holds mu .*covariance") as e:
+        with pytest.raises(UserError, match="s.npz cannot be read: .*negative eigenvalues") as e:
             read_statistics(tmp_path / "s.npz")
         assert "\n" not in str(e.value)
     singular = covariance(12, 1, rank=3)
@@ -489,7 +448,6 @@ def test_what_cannot_be_scored_is_one_line(folder, weights, tmp_path, monkeypatc
     np.savez_compressed("bomb.npz", mu=np.zeros(12), sigma=np.zeros((3000, 3000)))
     np.savez("features.npz", np.zeros((50, 12), np.float32))
     Path("edm2.pkl").write_bytes(pickle.dumps({}))
-    np.savez("good.npz", mu=np.zeros(12), sigma=np.eye(12), num=70000)
     np.savez("negative.npz", mu=np.zeros(12), sigma=-np.eye(12))
     Path("notes.txt").write_text("no archive")
     os.mkfifo("pipe")
@@ -497,15 +455,14 @@ def test_what_cannot_be_scored_is_one_line(folder, weights, tmp_path, monkeypatc
     np.savez("nan.npz", mu=np.full(12, np.nan), sigma=np.zeros((12, 12)))
     torch.save({"conv.weight": torch.zeros(1)}, "other.pth")
     while_computing = [
-        (["one", "--ref", folder], "one image has no covariance")]
+        (["one", "--ref", folder], "a covariance takes at least two images, not 1")]
     before = [
         (["rgba.npz", "--ref", folder], "rgba.npz holds"),
         ([folder, "--ref", "rgba.npz"], "rgba.npz holds"),
         ([folder, "--ref", "bomb.npz"], "bomb.npz cannot be read: it unpacks to more"),
         ([folder, "--ref", "features.npz"], "features.npz holds"),
-        ([folder, "--ref", "edm2.pkl"], "pickle.load(open('edm2.pkl', 'rb'))['fid']"),
+        ([folder, "--ref", "edm2.pkl"], "edm2.pkl cannot be read"),
         (["pipe", "--ref", folder], "a device"), ([folder, "--ref", "pipe.npz"], "a device"),
-        (["--ckpt", "pipe", "--ref", folder], "a device"),
         (["", "--ref", folder], "samples must not be empty"),
         (["empty", "--ref", folder], "empty"), ([folder, "--ref", "empty"], "empty"),
         (["broken", "--ref", folder], "broken"),
@@ -523,16 +480,7 @@ def test_what_cannot_be_scored_is_one_line(folder, weights, tmp_path, monkeypatc
         ([folder, "--ref", "nan.npz"], "FID takes a finite mu"),
         ([folder, "--ref", "facts.npz"], "cannot be read"),
         ([folder, "--ref", "negative.npz"], "negative eigenvalue"),
-        (["--ref", folder], "either samples or --ckpt"),
-        ([folder, "--ckpt", "run/ema.pt", "--ref", folder], "either samples or --ckpt"),
-        (["--ckpt", "run/ema.pt", "--ref", folder], "run/ema.pt does not exist"),
-        ([folder, "--ref", folder, "--bnr", "1"], "--bnr is for --ckpt"),
-        ([folder, "--ref", folder, "--path", "blurring"], "--path is for --ckpt"),
-        ([folder, "--ref", folder, "--class", "a"], "--class is for --ckpt"),
-        ([folder, "--ref", folder, "--s-max", "3"], "--s-max is for --ckpt"),
-        (["good.npz", "--ref", folder, "--images", "3"], "holds statistics, not the images"),
-        (["--ckpt", "c", "--ref", folder, "--bnr", "1", "--path", "blurring"], "give one of them"),
-        (["--ckpt", "c", "--ref", folder, "--bnr", "-1"], "--bnr must be a number of at least 0"),
+        (["--ref", folder], "required: samples"), ([folder], "required: --ref"),
         ([folder, "--ref", folder, "--resize", "lanczos"], "--resize")]
     with monkeypatch.context() as m:
         small_net(m)
@@ -541,18 +489,8 @@ def test_what_cannot_be_scored_is_one_line(folder, weights, tmp_path, monkeypatc
         m.setattr(fid, "load_inception", lambda *a: pytest.fail("the weights were loaded first"))
         for args, words in before:
             assert words in refused(m, capsys, *args), args
-    for file, words in (("other.pth", "layout"), ("none.pth", "does not exist")):
+    for file, words in (("other.pth", "published layout"), ("none.pth", "No such file")):
         assert words in refused(monkeypatch, capsys, folder, "--ref", folder, "--weights", file)
-
-
-def test_the_line_about_edm2s_statistics_works(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    small_net(monkeypatch)
-    gaussian = {"mu": np.zeros(12), "sigma": np.eye(12)}
-    Path("edm2.pkl").write_bytes(pickle.dumps({"fid": gaussian, "fd_dinov2": {}}))
-    line = refused(monkeypatch, capsys, folder, "--ref", "edm2.pkl")
-    exec(re.search(r"np.savez\(.*\)", line)[0], {"np": np, "pickle": pickle})
-    assert "of x.npz" in run(monkeypatch, capsys, folder, "--ref", "x.npz").out
 
 
 def test_weights_are_fetched_checked_and_kept(
@@ -575,124 +513,3 @@ def test_weights_are_fetched_checked_and_kept(
     assert "http://127.0.0.1:9/w.pth" in message and str(tmp_path / "w.pth") in message
     assert "--weights" in message and "\n" not in message
     assert not (tmp_path / "w.pth").exists()
-
-
-# The command line on checkpoints
-
-def test_a_checkpoint_is_sampled_and_scored(sizes, tmp_path, monkeypatch, capsys):
-    """Three draws from seeds of their own, equal to scoring the same seeds' PNGs. The reference is
-    prepared for the model's resolution."""
-    monkeypatch.chdir(tmp_path)
-    small_net(monkeypatch)
-    train_a_model("run", "--data", sizes)
-    np.save("ref.npy", data.load(str(sizes), 8).images.permute(0, 2, 3, 1).numpy())
-    options = ["--ckpt", "run/ema.pt", "--images", 20, "--steps", 3, "--batch", 7]
-    result = run_json(monkeypatch, capsys, *options, "--ref", "ref.npy")
-    draws = result["draws"]
-    assert len(draws) == 3 and len(set(draws)) == 3 and result["fid"] == min(draws)
-    assert result["mean"] == pytest.approx(np.mean(draws))
-    assert result["std"] == pytest.approx(np.std(draws, ddof=1))
-    assert result["size"] == "8 x 8" and result["nfe"] == 5 and "colour" not in result
-    out = run(monkeypatch, capsys, *options, "--ref", sizes, "--draws", 1)
-    assert f"draw 1 of 1: FID {draws[0]:.4f}" in out.err
-    lines = out.out.splitlines()
-    assert lines[0].startswith(f"draws {draws[0]:.4f}; lowest") and "+-" not in lines[0]
-    assert lines[1].startswith("sampler: solver heun, steps 3, nfe 5, churn 0.0")
-    assert lines[1].endswith("precision fp32")
-    assert lines[2] == (f"FID {draws[0]:.4f}   20 images of run/ema.pt at 8 x 8 against 40 images "
-                        f"of {sizes} at 8 x 8; resize tf1, weights ffffffff")
-    monkeypatch.setattr(sys, "argv", "sample.py --ckpt run/ema.pt --seeds 20-39 --steps 3 --device "
-                                     "cpu".split())
-    sample.main()
-    capsys.readouterr()
-    drawn = run_json(monkeypatch, capsys, "samples", "--ref", "ref.npy")
-    assert drawn["fid"] == pytest.approx(draws[1], rel=1e-4)
-
-
-def test_a_network_for_any_ratio_is_scored_at_each(sizes, tmp_path, monkeypatch, capsys):
-    """--bnr prints a line a ratio, or a JSON list; each is the FID of that ratio."""
-    monkeypatch.chdir(tmp_path)
-    small_net(monkeypatch)
-    train_a_model("run", "--data", sizes, "--bnr", "any")
-    options = ["--ckpt", "run/ema.pt", "--ref", sizes, "--images", 20, "--draws", 2, "--steps", 3]
-    results = run_json(monkeypatch, capsys, *options, "--bnr", 0, 0.5, 10)
-    assert [r["bnr"] for r in results] == [0, 0.5, 10]
-    assert len({r["fid"] for r in results}) == 3 and all(len(r["draws"]) == 2 for r in results)
-    single = run_json(monkeypatch, capsys, *options)            # 0.5 is the default
-    assert {**single, "bnr": 0.5} == results[1]
-    blurring = run_json(monkeypatch, capsys, *options, "--path", "blurring")
-    assert blurring["path"] == "blurring" and blurring["fid"] not in [r["fid"] for r in results]
-
-    out = run(monkeypatch, capsys, *options, "--bnr", 0, 10).out.splitlines()
-    assert len(out) == 4
-    for line, r in zip(out, (results[0], results[2])):
-        assert line == (f"BNR {r['bnr']:g}: draws {r['draws'][0]:.4f}, {r['draws'][1]:.4f}; lowest "
-                        f"{r['fid']:.4f} (the paper's convention), mean {r['mean']:.4f} +- "
-                        f"{r['std']:.4f}")
-    assert out[3].startswith("FID of 20 images of run/ema.pt at 8 x 8 against 40 images of")
-    monkeypatch.setattr(fid, "load_inception", lambda *a: pytest.fail("not checked first"))
-    assert "ratios from 0 to 10" in refused(monkeypatch, capsys, *options, "--bnr", 1, 11)
-
-
-def test_classes_are_drawn_as_often_as_the_data_have_them(tmp_path, monkeypatch, capsys):
-    """As a checkpoint counts them; one without counts draws them evenly."""
-    class Net(torch.nn.Module):
-        classes = 2
-
-        def forward(self, x, alpha, sigma, label):              # class 1 is white
-            return (2. * label - 1)[:, None, None, None].expand_as(x), torch.zeros_like(x)
-
-    def white(counts, first=0):
-        batches = fid.drawn_batches(Net(), ConstantBNR(0), (3, 4, 4), first, 300, "cpu", 64,
-                                    steps=3, solver="euler", counts=counts)
-        return sum(int((images[:, 0, 0, 0] > 127).sum()) for images in batches)
-    assert abs(white([270, 30]) - 30) <= 3 and abs(white([270, 30], 300) - 30) <= 3
-    assert white(None) == 150
-
-    monkeypatch.chdir(tmp_path)
-    small_net(monkeypatch)
-    images = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8)
-    labels = torch.tensor([1] * 5 + [0] * 15)
-    sets = data.Images(images, labels, ["a", "b"], "ours")
-    train_a_model("run", "--cond", data=sets)
-    np.save("ref.npy", images.numpy())
-    counts = []
-    monkeypatch.setattr(fid, "generate", lambda *a, **options: (
-        counts.append(options["counts"]), sample.generate(*a, **options))[1])
-    options = "--ref", "ref.npy", "--images", 4, "--draws", 1, "--steps", 1
-    result = run_json(monkeypatch, capsys, "--ckpt", "run/ema.pt", *options)
-    assert "counts" not in result
-    checkpoint = torch.load("run/ema.pt", weights_only=True)
-    del checkpoint["data"]["counts"]
-    torch.save(checkpoint, "old.pt")
-    run(monkeypatch, capsys, "--ckpt", "old.pt", *options)
-    assert counts == [[15, 5], None]
-
-
-def test_models_that_cannot_be_scored(tmp_path, monkeypatch, capsys):
-    """One line, before the weights are loaded."""
-    monkeypatch.chdir(tmp_path)
-    for out, channels in (("half", 3), ("four", 4)):
-        images = torch.randint(0, 256, (32, channels, 8, 8), dtype=torch.uint8)
-        labels = torch.zeros(32, dtype=torch.long)
-        train_a_model(out, data=data.Images(images, labels, ["x"], "x"))
-    checkpoint = torch.load("half/ema.pt", weights_only=True)
-    checkpoint["data"]["latents"] = True
-    torch.save(checkpoint, "latents.pt")
-    np.savez("at16.npz", mu=np.zeros(12), sigma=np.eye(12), size="16 x 16", resize="tf1")
-    small_net(monkeypatch)
-    words = refused(monkeypatch, capsys, "--ckpt", "half/ema.pt", "--ref", "at16.npz")
-    assert "at16.npz has the size 16 x 16, not 8 x 8" in words
-    words = refused(monkeypatch, capsys, "--ckpt", "half/ema.pt", "--ref", "leaves", "--resolution",
-                    4)
-    assert "leaves has the size 4 x 4, not 8 x 8" in words
-    monkeypatch.setattr(fid, "load_inception", lambda *a: pytest.fail("not checked first"))
-    for name, kind in (("four/ema.pt", "images of 4 channels"), ("latents.pt", "floats")):
-        words = refused(monkeypatch, capsys, "--ckpt", name, "--ref", "leaves")
-        assert f"{name} makes {kind}: FID needs" in words
-    for option in ("--bnr 1", "--path blurring"):
-        words = refused(monkeypatch, capsys, "--ckpt", "half/ema.pt", "--ref", "leaves",
-                        *option.split())
-        assert "--bnr any" in words
-    words = refused(monkeypatch, capsys, "--ckpt", "half/ema.pt", "--ref", "leaves", "--class", "9")
-    assert "--cond" in words
