@@ -62,7 +62,7 @@ if [ ! -e "$out/ema.pt" ]; then
 fi
 within speed $((limit / 5)) "$python" -m study.speed --device "$device" --preset "$preset" \
     --runs 1 --results "$results"
-within samples "$(left)" "$python" sample.py --ckpt "$out/ema.pt" --device "$device" --grid \
+within samples "$(left)" "$python" sample.py --ckpt "$out/ema.pt" --device "$device" \
     --out "$out/samples"
 within strip "$(left)" "$python" -m study.strip --ckpt "$out/ema.pt" --device "$device" \
     --bnr 0 0.5 2 --seeds 0 --out "$out/samples-strip.png"
