@@ -60,9 +60,10 @@ class Images:
                 else x.dtype == torch.uint8 and (x.shape[1] < 5 or x.shape[3] > 4)):
             raise UserError(f"{self.name}: images must be a uint8 tensor [N, C, H, W], or finite "
                             "floats, which latents=True takes as they are; these are "
-                            f"{x.dtype} {list(x.shape)} with latents={self.latents}")
-        y = self.labels = torch.zeros(len(x), dtype=torch.long) if self.labels is None \
-            else self.labels
+                            f"{getattr(x, 'dtype', type(x))} {list(getattr(x, 'shape', ()))}")
+        if self.labels is None and len(self.classes) == 1:
+            self.labels = torch.zeros(len(x), dtype=torch.long)
+        y = self.labels
         if not isinstance(y, torch.Tensor) or y.dtype != torch.long or y.shape != (len(x),) \
                 or y.min() < 0 or y.max() >= len(self.classes) \
                 or len(set(self.classes)) < len(self.classes):

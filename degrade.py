@@ -124,7 +124,7 @@ def make_path(bnr, name=None):
     if name == "blurring":
         return BlurringPath()
     if name is not None:
-        raise UserError(f"the path {name!r} is not one of this project's")
+        raise UserError(f"the path {name!r} is not this project's: give it to generate, in Python")
     if bnr == "any":
         return AnyBNR()
     return ColdPath() if bnr == math.inf else ConstantBNR(bnr)
@@ -134,7 +134,7 @@ def levels_of(path, t):
     """alpha and sigma of a path at t, a number or a tensor: float64 tensors of the shape of t."""
     t = torch.as_tensor(t, dtype=torch.float64)
     return tuple(torch.as_tensor(v, dtype=torch.float64, device=t.device).expand(t.shape)
-                 for v in path.levels(t))
+                 for v in path.levels(t.clone()))
 
 
 def check_path(path, h, w):
@@ -147,7 +147,7 @@ def check_path(path, h, w):
         t = torch.linspace(math.log(low), math.log(high), 500, dtype=torch.float64).exp()
         alpha, sigma = levels_of(path, torch.cat([torch.zeros(1), t]))          # [501] each
         with torch.random.fork_rng(devices=[]):
-            drawn = torch.stack(path.training_levels(1000, h, w))               # [2, 1000]
+            drawn = torch.stack(path.training_levels(1000, h, w, "cpu"))        # [2, 1000]
         rules = {
             "t_range must rise, from above 0": low < high < math.inf,
             "at t = 0 there must be no blur and no noise": not (alpha[0] or sigma[0]),

@@ -29,6 +29,8 @@ class Denoiser(nn.Module):
 
     def __init__(self, unet, sigma_data=SIGMA_DATA):
         super().__init__()
+        if not isinstance(sigma_data, (int, float)) or not 0 < sigma_data < 1e6:
+            raise UserError(f"sigma_data must be a number above 0, not {sigma_data!r}")
         self.unet, self.sigma_data = unet, sigma_data
         self.classes = getattr(unet, "classes", 0)              # 0: not class-conditional
         self.told_ratio = getattr(unet, "from_ratio", None) is not None
@@ -248,9 +250,8 @@ def initialized(layer, scale):
 def build(config):
     """A checkpoint's config -> its Denoiser. An impossible one raises nearly anything."""
     unet, kind = config["unet"], PARAMETERIZATIONS[config.get("param", "residual")]
-    if not (0 < config["sigma_data"] < 1e6 and 0 <= unet.get("dropout", 0) < 1
-            and unet["blocks"] <= 64 and len(unet["mult"]) <= 12):
-        raise UserError("sigma_data, dropout, blocks or mult is out of range")
+    if not 0 <= unet.get("dropout", 0) < 1 or unet["blocks"] > 64 or len(unet["mult"]) > 12:
+        raise UserError("dropout, blocks or mult is out of range")
     return kind(UNet(**unet), config["sigma_data"])
 
 
@@ -266,9 +267,8 @@ def load_model(filename, device="cpu", precision="fp32", compiled=False, net=Non
     try:
         weights, config = checkpoint.pop("weights"), checkpoint["config"]
         check_facts(checkpoint, weights, os.path.getsize(filename))
-        if net is None and config["unet"] is None:
-            raise UserError("it is of a network of your own: give that one to load_model, in "
-                            "Python, as net")
+        if not isinstance(net, Denoiser) and (net is not None or config["unet"] is None):
+            raise UserError("it is of a network of your own: give load_model its Denoiser as net")
         if net is None:
             with torch.device("meta"):      # allocates nothing before the shapes are known to fit
                 net = build(config)
@@ -293,7 +293,7 @@ def try_out(net, x, alpha, sigma, augmented):
     """Images x [B, C, H, W] through a network of one's own, forward and back, so that a mistake is
     one line before a run writes anything. Raises UserError."""
     augment = x.new_zeros(len(x), 9) if augmented else None
-    label = x.new_zeros(len(x), dtype=torch.long) if net.classes else None
+    label = x.new_full((len(x),), net.classes - 1, dtype=torch.long) if net.classes else None
     try:
         x0_hat = sum(net.to(x.device).eval()(x, alpha, sigma, augment, label))
         if not (x0_hat.requires_grad and x0_hat.isfinite().all()):
@@ -302,7 +302,6 @@ def try_out(net, x, alpha, sigma, augmented):
     except Exception as e:                                      # the network is the user's
         raise UserError(f"the network fails on x of {list(x.shape)}, called as unet(x, c_noise, "
                         f"augment, label): {' '.join(str(e).split())[:200]}") from None
-    net.zero_grad()
 
 
 def check_facts(checkpoint, weights, size):

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from degrade import (AnyBNR, ColdPath, along_sigma, attenuation, check_path, dct2, degrade,
-                     expand_level, idct2, levels_of, make_path)
+from degrade import (AnyBNR, along_sigma, attenuation, check_path, dct2, degrade, expand_level,
+                     idct2, levels_of, make_path)
 from model import load_model
-from util import (Parser, UserError, add_device_option, normalize, number, process_group, rank,
+from util import (Parser, UserError, add_device_option, join_processes, normalize, number, rank,
                   read_image, save_grid, save_image, say, to_uint8, world_size)
 
 STEPS = {"euler": 18, "heun": 18, "multistep": 12}              # by default
@@ -57,16 +57,16 @@ def solve(net, path, x, times, solver="heun", churn=0., s_min=0., s_max=math.inf
     net: (x, alpha, sigma) -> D, R. times: falling, [n + 1]. solver: "euler" and "multistep" call
     net once a step, "heun" twice, but once for a last step to 0. churn: EDM's S_churn, for levels
     from s_min to s_max, with fresh noise from noise(), unit normal like x, times s_noise.
-    watch(t, x, D, R) sees the first evaluation of each step. Raises ValueError for another solver,
+    watch(t, x, D, R) sees the first evaluation of each step. Raises UserError for another solver,
     for times that do not fall, and for multistep with churn or without noise.
     """
     times = torch.as_tensor(times, dtype=torch.float64, device="cpu")
     if solver not in STEPS:
-        raise ValueError(f"solver must be euler, heun or multistep, not {solver}")
+        raise UserError(f"solver must be euler, heun or multistep, not {solver}")
     if len(times) < 2 or not (times.diff() < 0).all() or times[-1] < 0:
-        raise ValueError("the time steps must fall, and there must be at least one step")
+        raise UserError("the time steps must fall, and there must be at least one step")
     if solver == "multistep" and (churn or levels_of(path, times[0])[1] == 0):
-        raise ValueError("multistep needs a path with noise and no churn: use heun or euler")
+        raise UserError("multistep needs a path with noise and no churn: use heun or euler")
     x, history, order = x.double(), [], 3 if len(times) > THIRD else 2
     for t, s in zip(times[:-1], times[1:]):
         if churn and s_min <= t <= s_max:
@@ -88,6 +88,8 @@ def solve(net, path, x, times, solver="heun", churn=0., s_min=0., s_max=math.inf
             history = [(-sigma.log(), value)] + history[:order - 1]
             x_s = x0_hat if s == 0 else x_s + curvature(history, t, s, path)        # (5)
         x = x_s
+    if not x.isfinite().all():
+        raise UserError("the network's answers led to an image that is not finite")
     return x
 
 
@@ -133,7 +135,7 @@ def churn_step(x, t, t_hat, path, noise):
     """Equation (4), from level t up to t_hat, exactly as the forward process goes."""
     (alpha, sigma), (alpha_hat, sigma_hat) = levels_of(path, t), levels_of(path, t_hat)
     if not (alpha_hat >= alpha and sigma_hat >= sigma):
-        raise ValueError(f"churn climbs to t = {t_hat:.3g}, where the path falls: give s_max")
+        raise UserError(f"churn climbs to t = {t_hat:.3g}, where the path falls: give s_max")
     climb = (alpha_hat ** 2 - alpha ** 2).sqrt()
     q = attenuation(climb, x)                                   # M_that / M_t: both can underflow
     sigma, sigma_hat = expand_level(sigma, x), expand_level(sigma_hat, x)
@@ -148,8 +150,8 @@ def sample(net, path, latents, steps=None, colour=None, init=None, level=None, s
     Levels here are those of sigma, or alpha without noise, whatever the path's t is. steps: 18, or
     12 for multistep, which has time steps of its own. colour: where a path without noise starts,
     {"mean": [C], "cov": [C][C]} of the mean colours of the images. init [1, C, H, W]: degraded to
-    `level`, the start instead. Raises UserError for a path that breaks its contract, and ValueError
-    for an impossible start.
+    `level`, the start instead. Raises UserError for a path that breaks its contract and for
+    an impossible start.
     """
     h, w = latents.shape[-2:]
     check_path(path, h, w)
@@ -159,15 +161,17 @@ def sample(net, path, latents, steps=None, colour=None, init=None, level=None, s
     alpha, sigma = levels_of(path, t_max)
     if init is not None:
         if init.shape != (1, *latents.shape[1:]) or not init.is_floating_point():
-            raise ValueError(f"init must be float {[1, *latents.shape[1:]]}, in [-1, 1]")
+            raise UserError(f"init must be float {[1, *latents.shape[1:]]}, in [-1, 1]")
         x, _ = degrade(init.to(latents).double(), alpha, sigma, latents.double())
     elif sigma > 0:
         x = sigma.item() * latents.double()
     elif colour is None:
-        raise ValueError("a path without noise starts from a plain image: give its colour")
+        raise UserError("a path without noise starts from a plain image: give its colour")
     else:
         x = plain_image(latents.double(), **colour)
     steps = STEPS.get(solver, 1) if steps is None else steps
+    if type(steps) is not int or steps < 1 or (init is None) != (level is None):
+        raise UserError("steps must be an int of at least 1, and init and level go together")
     times = multistep_times(steps, h, w, t_min, t_max) if solver == "multistep" \
         else time_steps(steps, t_min, t_max)
     return solve(net, path, x, times, solver, **options)
@@ -192,12 +196,12 @@ def generate(net, path, shape, seeds, device=None, batch=64, label=None, **optio
     does not depend on the device. Raises UserError for a label that the net does not know.
     """
     classes, heads = getattr(net, "classes", 0), net
-    if label is not None and label not in range(classes):
-        raise UserError(f"label {label}: the network has {classes or 'no'} classes")
+    if label is not None and (type(label) is not int or not 0 <= label < classes):
+        raise UserError(f"label {label!r} is no int below {classes}, the network's classes")
     device = device or next(net.parameters()).device
     for i in range(0, len(seeds), batch):
         some = seeds[i:i + batch]
-        generators = [torch.Generator().manual_seed(s) for s in some]
+        generators = [torch.Generator().manual_seed(int(s)) for s in some]
         noise = lambda: torch.stack([torch.randn(shape, generator=g, dtype=torch.float64)
                                      for g in generators])
         if classes:
@@ -209,13 +213,7 @@ def generate(net, path, shape, seeds, device=None, batch=64, label=None, **optio
 def sampling_path(checkpoint, bnr=None, name=None):
     """The path to sample a checkpoint along. A network of --bnr any takes a ratio, 0.5 by default,
     or the path "blurring"; any other network takes its own path only. Raises UserError."""
-    config, channels = checkpoint["config"], checkpoint["data"]["shape"][0]
-    try:
-        trained = make_path(config["bnr"], config.get("path"))
-        if isinstance(trained, ColdPath):                       # where a cold model starts
-            plain_image(torch.ones(1, channels, 1, 1), **config["colour"])
-    except (UserError, TypeError, KeyError, RuntimeError) as e:
-        raise UserError(f"this model cannot be sampled from the command line: {e}") from None
+    trained = make_path(checkpoint["config"]["bnr"], checkpoint["config"].get("path"))
     if bnr is None and name is None:
         return trained
     if not isinstance(trained, AnyBNR):
@@ -232,8 +230,8 @@ def sampler_options(p):
     a("--steps", type=number(int, 1, 10000),
       help="steps of the solver (default: 12 for multistep, else the model's --sample-steps)")
     a("--solver", choices=list(STEPS), default="heun",
-      help="heun for the paper's numbers; multistep, with time steps of its own, for few "
-           "evaluations up to about BNR 0.5 (default heun)")
+      help="heun for the paper's numbers; multistep, with steps of its own, for few evaluations, "
+           "up to about BNR 0.5 (default heun)")
     a("--path", choices=["blurring"], help="for a model of --bnr any: Hoogeboom & Salimans' path")
     a("--churn", type=number(float, 0, 1e6), default=0., help="EDM's S_churn (default 0)")
     a("--s-min", type=number(float, 0), default=0., help="churn from this level (default 0)")
@@ -247,8 +245,6 @@ def sampler_options(p):
 
 def sampler(args, net, checkpoint):
     """The sampler's options as keywords of generate, and the NFE. Raises UserError."""
-    if args.solver == "multistep" and (args.churn or checkpoint["config"]["bnr"] == math.inf):
-        raise UserError("--solver multistep takes no churn and no cold model: use heun or euler")
     if (args.s_min, args.s_max, args.s_noise) != (0, math.inf, 1) and not args.churn:
         raise UserError("--s-min, --s-max and --s-noise belong to --churn, which is 0")
     if args.s_min > args.s_max:
@@ -294,7 +290,8 @@ def main():
     a("--batch", type=number(int, 1), default=64, help="images at a time (default 64)")
     args = p.parse_args()
     args.out = os.path.abspath(args.out)                        # the grid is named after it
-    with process_group(), p.one_line_errors():
+    with p.one_line_errors():
+        join_processes()
         net, checkpoint = load_model(args.ckpt, args.device, args.precision, args.compile)
         options, nfe = sampler(args, net, checkpoint)
         path, facts = sampling_path(checkpoint, args.bnr, args.path), checkpoint["data"]

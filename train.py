@@ -34,7 +34,7 @@ from loss import disentangled_loss
 from model import PARAMETERIZATIONS, SIGMA_DATA, Denoiser, build, start_from, try_out
 from sample import generate
 from util import (Parser, UserError, add_device_option, any_rank, atomic_write, compile_or_warn,
-                  locked, normalize, number, or_a_warning, process_group, rank, read_checkpoint,
+                  join_processes, locked, normalize, number, or_a_warning, rank, read_checkpoint,
                   reason, save_checkpoints, save_grid, say, seed_for, signals_noted, to_uint8, warn,
                   world_size)
 
@@ -125,7 +125,7 @@ def options_of_run(parser, given):
 
 def main():
     args = options()
-    with process_group(), Parser().one_line_errors(), signals_noted() as signals:
+    with Parser().one_line_errors(), signals_noted() as signals:
         train(args, signals=signals)
         if rank() == 0 and not signals:
             say(f"python sample.py --ckpt {shlex.quote(f'{args.out}/ema.pt')}")
@@ -145,7 +145,8 @@ def train(args, data=None, path=None, net=None, signals=()):
             raise UserError(f"give a {kind.__module__}.{kind.__name__}, not {type(part).__name__}: "
                             "docs/own-parts.md says how to make one")
     torch.backends.cudnn.benchmark = True
-    with process_group(), contextlib.nullcontext() if rank() else locked(args.out):
+    join_processes()
+    with contextlib.nullcontext() if rank() else locked(args.out):
         if data is not None:                                    # its images are not resized
             args = argparse.Namespace(**{**vars(args), "data": data.name, "resolution": 0})
         shares_of_batch(args)                                   # complains before the data load
@@ -177,7 +178,8 @@ def loop(args, run, data, path, net, ema, optimizer, seen, signals):
     total = math.ceil(round(args.duration * 1000, 6) / args.batch) * args.batch
     if args.compile or args.compile is None and device.type == "cuda":
         compile_or_warn(net.unet, args.compile)
-    shared = DistributedDataParallel(net) if world_size() > 1 else net
+    own = run["config"]["unet"] is None                         # which may leave out a parameter
+    shared = DistributedDataParallel(net, find_unused_parameters=own) if world_size() > 1 else net
     if rank() == 0:
         begin(args, run, data, net, seen, bf16)
     bar = tqdm(total=total, initial=seen, unit="img", unit_scale=True, disable=rank() > 0,
@@ -325,7 +327,8 @@ def parts(args, data, path, net):
         net = build(config)
         net.unet.check(h, w)
     else:
-        try_out(net, torch.randn(2, c, h, w, device=args.device), *levels[2], args.augment > 0)
+        x = torch.randn(2, c, h, w, device=args.device)
+        try_out(copy.deepcopy(net), x, *levels[2], args.augment > 0)
     config["answers"] = f"{type(net).__name__}, {net.answers.__qualname__}"
     return path, net, config
 
@@ -345,8 +348,7 @@ def unet_config(args, channels, h, w, classes):
 
 
 def begin(args, run, data, net, seen, bf16):
-    """Writes the options, drops the lines of the log after the checkpoint, which will be written
-    again, and says what is trained on what."""
+    """Writes the options, drops the log's lines after the checkpoint, and says what is trained."""
     with atomic_write(f"{args.out}/options.json", "w") as f:
         json.dump({k: "inf" if v == math.inf else v for k, v in vars(args).items()}, f, indent=1)
     kept, log = [], Path(args.out, "log.jsonl")
@@ -364,12 +366,17 @@ def begin(args, run, data, net, seen, bf16):
     say(f"{sum(p.numel() for p in net.parameters()):,} parameters, {frozen:,} of them frozen; "
         f"{'bf16' if bf16 else 'fp32'}; batch {args.batch} as {args.batch // micro} x {micro} on "
         f"{world_size()} x {args.device}; from {seen / 1000:g} to {args.duration:g} kimg")
-    (blur, noise), (blurs, noises) = run["config"]["trained"]
+    (blur, noise), (blurs, noises) = trained = run["config"]["trained"]
     say(f"{run['config']['path'] or 'BNR ' + str(args.bnr)}: blur of {blur:g} to {blurs:g} pixels "
         f"and noise of {noise:g} to {noises:g} for nine images in ten")
-    if data.latents and not 0.5 < max(facts["std"]) / net.sigma_data < 2:
-        warn(f"warning: the network expects a standard deviation of {net.sigma_data:g}: scale the "
-             "latents, or give Denoiser another sigma_data")
+    levels = run["config"]["levels"]                            # of sampling, from the lowest
+    i = int(levels[-1][1] > 0)                                  # of noise or, without it, of blur
+    if not levels[0][i] <= trained[0][i] < trained[1][i] <= levels[-1][i] < 1e4 * trained[1][i]:
+        warn(f"warning: sampling goes from {levels[-1]} to {levels[0]} (blur, noise), which does "
+             "not fit these levels: is the path's t_range right?")
+    if data.latents and not 0.5 < max(map(abs, facts["mean"] + facts["std"])) / net.sigma_data < 2:
+        warn(f"warning: the network expects mean 0, standard deviation {net.sigma_data:g}: scale "
+             "the latents, or give Denoiser another sigma_data")
 
 
 def summary(args, seen, history, lr, since):
@@ -451,7 +458,6 @@ def restore(out, state, run, net, ema, optimizer):
         for p, moments in optimizer.state.items():              # a fused Adam checks no shape and
             for k in ("exp_avg", "exp_avg_sq"):                 # goes by the weights' strides
                 moments[k] = torch.empty_like(p).copy_(moments[k].reshape(p.shape))
-            moments["step"] = moments["step"].reshape(())
         if type(state["seen"]) is not int or state["seen"] < 0:
             raise ValueError("the number of images seen is not a number")
         return state["seen"]

@@ -2,6 +2,7 @@
 downloads, and the processes that torchrun starts.
 """
 import argparse
+import atexit
 import contextlib
 import datetime
 import hashlib
@@ -301,16 +302,12 @@ def fetch(url, path, sha256, otherwise=""):
     return path
 
 
-@contextlib.contextmanager
-def process_group():
-    """Within, the processes that torchrun started can communicate: NCCL for what is on a GPU, gloo
-    for what is on a CPU. Without torchrun, or in a group already, this does nothing."""
-    own = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
-    if own:                                                     # decoding a data set may take hours
-        dist.init_process_group(timeout=datetime.timedelta(hours=12))
-    yield
-    if own:
-        dist.destroy_process_group()
+def join_processes():
+    """Lets the processes that torchrun started communicate: by NCCL what is on a GPU, by gloo what
+    is on a CPU. Without torchrun, or after the first time, this does nothing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group(timeout=datetime.timedelta(hours=12))   # for decoding a large set
+        atexit.register(dist.destroy_process_group)             # a second run needs the same group
 
 
 def rank():

@@ -465,7 +465,7 @@ def test_a_network_of_ones_own_loads(tmp_path):
     with pytest.raises(UserError, match="of another kind, NoiseDenoiser"):
         load_model(tmp_path / "other.pt", net=given)
     load_model(tmp_path / "other.pt", net=NoiseDenoiser(Own()))
-    with pytest.raises(UserError, match="of your own: give that one to load_model"):
+    with pytest.raises(UserError, match="of your own: give load_model its Denoiser"):
         start_from(Denoiser(Own(), sigma_data=0.3), file)
 
 

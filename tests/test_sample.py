@@ -412,20 +412,25 @@ def test_a_network_for_every_ratio_is_told_the_levels_that_training_told_it(path
 
 def test_what_makes_no_sense_is_refused():
     x, net, path = torch.zeros(1, 1, 4, 4), lambda x, *a: (x, x), ConstantBNR(0.5)
-    with pytest.raises(ValueError, match="euler, heun or multistep, not rk4"):
+    with pytest.raises(UserError, match="euler, heun or multistep, not rk4"):
         sample(net, path, x, solver="rk4")
-    with pytest.raises(ValueError, match="no churn"):
+    with pytest.raises(UserError, match="no churn"):
         sample(net, path, x, solver="multistep", churn=1.)
-    with pytest.raises(ValueError, match="path with noise"):
+    with pytest.raises(UserError, match="path with noise"):
         solve(net, ColdPath(), x, time_steps(4), "multistep")
-    with pytest.raises(ValueError, match="give its colour"):
+    with pytest.raises(UserError, match="give its colour"):
         sample(net, ColdPath(), x)
     for times in ([2., 2.], [1., 2.], [1.], [1., -1.]):
-        with pytest.raises(ValueError, match="must fall"):
+        with pytest.raises(UserError, match="must fall"):
             solve(net, path, x, torch.tensor(times))
     for init in (torch.zeros(1, 3, 4, 4), torch.zeros(2, 1, 4, 4), torch.zeros(1, 1, 4, 4).byte()):
-        with pytest.raises(ValueError, match="init must be float"):
+        with pytest.raises(UserError, match="init must be float"):
             sample(net, path, x, init=init, level=1.)
+    for way in ({"level": 1.}, {"init": torch.zeros(1, 1, 4, 4)}, {"steps": 0}, {"steps": 2.5}):
+        with pytest.raises(UserError, match="steps must be an int .* init and level go together"):
+            sample(net, path, x, **way)
+    with pytest.raises(UserError, match="led to an image that is not finite"):
+        sample(lambda x, alpha, sigma: (x / (sigma < 1), 0 * x), path, x)
 
 
 class FallingBlur(Path):
@@ -449,8 +454,10 @@ def test_fresh_noise_has_the_standard_deviation_that_is_asked_for():
 
 
 @pytest.mark.parametrize("path", [ConstantBNR(0.5), ColdPath()])
-def test_nothing_of_the_sampler_stays_on_the_cpu(path):
-    """As on a GPU: a tensor of the CPU cannot be mixed with those of torch's meta device."""
+def test_nothing_of_the_sampler_stays_on_the_cpu(path, monkeypatch):
+    """As on a GPU: a tensor of the CPU cannot be mixed with those of torch's meta device, which
+    hold no numbers to look at."""
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda x: torch.ones(x.shape).bool())
     with torch.device("meta"):
         net = Denoiser(UNet(3, 6, channels=8, mult=(1,), blocks=1, attention=(8,), classes=2))
     cold = isinstance(path, ColdPath)
@@ -489,10 +496,10 @@ def test_the_studys_noise_is_that_of_generate():
     torch.testing.assert_close(seen[1], x)
 
 
-@pytest.mark.parametrize("classes, label", [(0, 0), (2, 2), (2, -1), (2, "a")])
+@pytest.mark.parametrize("classes, label", [(0, 0), (2, 2), (2, -1), (2, "a"), (2, True)])
 def test_a_label_that_the_network_does_not_know_is_refused(classes, label):
     net = Denoiser(UNet(1, 2, channels=8, mult=(1,), blocks=0, attention=(), classes=classes))
-    with pytest.raises(UserError, match=f"label {label}: the network has {classes or 'no'} class"):
+    with pytest.raises(UserError, match=f"label {label!r} is no int below {classes}, the"):
         drawn(net, ConstantBNR(0), (1, 8, 8), [0], label=label, steps=1)
 
 

@@ -64,7 +64,7 @@ def test_a_model_of_ones_own_path_loads(tmp_path):
     ema = train.train(options(tmp_path), noise_images(), Square())
     net, checkpoint = load_model(tmp_path / "ema.pt")
     assert torch.equal(four_samples(net, Square()), four_samples(ema, Square()))
-    with pytest.raises(UserError, match="cannot be sampled.*Square"):
+    with pytest.raises(UserError, match="'Square' is not this project's: give it to generate"):
         sampling_path(checkpoint)
 
 
@@ -226,12 +226,64 @@ def test_a_network_that_answers_an_object(tmp_path):
     assert -1600 < min(net.unet.net.steps) < -300 and 0 < max(net.unet.net.steps) < 1200
 
 
+class Embedded(torch.nn.Module):
+    """A network with labels that keeps an activation, as some do for a later look."""
+
+    def __init__(self, classes, known):
+        super().__init__()
+        self.conv, self.labels = torch.nn.Conv2d(3, 6, 1), torch.nn.Embedding(known, 1)
+        self.classes = classes
+
+    def forward(self, x, c_noise, augment=None, label=None):
+        self.kept = self.conv(x) + self.labels(label)[:, :, None, None]
+        return self.kept
+
+
+def test_a_network_is_tried_with_its_last_class_and_as_a_copy(tmp_path):
+    args = options(tmp_path / "run")
+    args.cond = True
+    with pytest.raises(UserError, match="the network fails on x of .*index out of range"):
+        train.train(args, noise_images(classes="abc"), net=Denoiser(Embedded(3, 2)))
+    assert not (tmp_path / "run").exists()
+    train.train(args, noise_images(classes="abc"), net=Denoiser(Embedded(3, 3)))
+
+
+def test_a_path_that_works_in_place_is_that_of_its_copies(tmp_path):
+    class InPlace(degrade.Path):
+        def levels(self, t):
+            return t.mul_(2), 1 * t
+
+    class Copies(degrade.Path):
+        def levels(self, t):
+            return 2 * t, 2 * t
+    ema = train.train(options(tmp_path), noise_images(), Copies())
+    assert torch.equal(four_samples(ema, InPlace()), four_samples(ema, Copies()))
+
+
+def test_a_forgotten_t_range_is_a_warning(tmp_path, capsys):
+    class Exponential(degrade.Path):
+        def levels(self, t):
+            return 0 * t, torch.expm1(t)
+    train.train(options(tmp_path / "a"), noise_images(), Exponential())
+    assert "is the path's t_range right?" in capsys.readouterr().err
+    for path in (Square(), degrade.ConstantBNR(0), degrade.ColdPath(), degrade.BlurringPath()):
+        train.train(options(tmp_path / type(path).__name__), noise_images(), path)
+        assert "t_range" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sigma_data", [0, -1, math.nan, torch.ones(3, 1, 1)])
+def test_an_impossible_sigma_data_is_refused(sigma_data):
+    with pytest.raises(UserError, match="sigma_data must be a number above 0"):
+        Denoiser(small_cnn().unet, sigma_data)
+
+
 def test_the_ema_has_the_networks_buffers(tmp_path):
     net = small_cnn()
     net.unet.insert(1, torch.nn.BatchNorm2d(16))
     ema = train.train(options(tmp_path), noise_images(), net=net)
     assert net.unet[1].running_mean.any()
     assert torch.equal(ema.unet[1].running_mean, net.unet[1].running_mean)
+    assert net.unet[1].num_batches_tracked == 4                 # not by the trial beforehand
 
 
 def test_a_run_with_parts_of_ones_own_resumes(tmp_path):
@@ -257,7 +309,7 @@ def test_a_tensor_of_images(tmp_path, channels, scale, capsys):
     assert (facts["name"], facts["count"], facts["shape"]) == ("noise", 20, [channels, 8, 8])
     assert facts["std"] == pytest.approx((std / scale).tolist(), rel=1e-6)
     assert any(tmp_path.glob("grid-*.png")) == (scale != 1)     # not of latents
-    assert ("expects a standard deviation of 0.5" in capsys.readouterr().err) == (scale == 1)
+    assert ("expects mean 0, standard deviation 0.5" in capsys.readouterr().err) == (scale == 1)
 
 
 def test_a_tensor_has_a_resolution_of_its_own(tmp_path):
@@ -284,22 +336,28 @@ def test_the_readmes_code_runs_as_it_stands(tmp_path):
 SCRIPT = """
 import torch, train
 from data import Images
+from model import Denoiser
 x = torch.arange(20 * 192).reshape(20, 3, 8, 8).remainder(255).byte()
-ema = train.train(train.options({args!r}), Images(x))
-torch.save(ema.state_dict(), f"weights-{{torch.distributed.is_initialized()}}.pt")
+net = Denoiser(torch.nn.Conv2d(3, 6, 1))
+net.unet.forward = lambda x, *others, conv=net.unet.forward: conv(x)
+net.unused = torch.nn.Parameter(torch.ones(1))
+train.train(train.options({args!r}), Images(x))
+train.train(train.options({args!r} + ["--out", "own"]), Images(x), net=net)
 """
 
 
-def test_an_own_script_under_torchrun_trains_once(tmp_path):
-    """Without a process group of its own: two processes share the batch of one run."""
+def test_an_own_script_under_torchrun_trains_each_run_once(tmp_path):
+    """Without a process group of its own: two processes share the batch of a run, and another run
+    follows, whose network leaves out a parameter."""
     words = [*SHORT, "--resolution", "8", "--duration", "0.008", "--out", "run"]
     (tmp_path / "own.py").write_text(SCRIPT.format(args=words))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                            "--standalone", "own.py"], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("parameters") == 1 and "batch 4 as 2 x 2 on 2 x cpu" in done.stdout
-    assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 1
+    assert done.stdout.count("parameters") == done.stdout.count("batch 4 as 2 x 2 on 2 x cpu") == 2
+    for out in ("run", "own"):
+        assert len((tmp_path / out / "log.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_network_may_have_frozen_and_unused_parameters(tmp_path, capsys):
