@@ -160,7 +160,7 @@ def sample(net, path, latents, steps=None, colour=None, init=None, level=None, s
     t_max = t_max if level is None else level
     alpha, sigma = levels_of(path, t_max)
     if init is not None:
-        if init.shape != (1, *latents.shape[1:]) or not init.is_floating_point():
+        if init.shape != (1, *latents.shape[1:]) or not init.is_floating_point() or init.max() > 99:
             raise UserError(f"init must be float {[1, *latents.shape[1:]]}, in [-1, 1]")
         x, _ = degrade(init.to(latents).double(), alpha, sigma, latents.double())
     elif sigma > 0:

@@ -423,7 +423,8 @@ def test_what_makes_no_sense_is_refused():
     for times in ([2., 2.], [1., 2.], [1.], [1., -1.]):
         with pytest.raises(UserError, match="must fall"):
             solve(net, path, x, torch.tensor(times))
-    for init in (torch.zeros(1, 3, 4, 4), torch.zeros(2, 1, 4, 4), torch.zeros(1, 1, 4, 4).byte()):
+    for init in (torch.zeros(1, 3, 4, 4), torch.zeros(2, 1, 4, 4), torch.zeros(1, 1, 4, 4).byte(),
+                 torch.full((1, 1, 4, 4), 255.)):
         with pytest.raises(UserError, match="init must be float"):
             sample(net, path, x, init=init, level=1.)
     for way in ({"level": 1.}, {"init": torch.zeros(1, 1, 4, 4)}, {"steps": 0}, {"steps": 2.5}):
