@@ -58,8 +58,8 @@ class Images:
         if not isinstance(x, torch.Tensor) or x.ndim != 4 or 0 in x.shape or not (
                 x.is_floating_point() and x.isfinite().all() if self.latents
                 else x.dtype == torch.uint8 and (x.shape[1] < 5 or x.shape[3] > 4)):
-            raise UserError(f"{self.name}: images must be a uint8 tensor [N, C, H, W], or finite "
-                            "floats, which latents=True takes as they are; these are "
+            raise UserError(f"{self.name}: images must be a torch.uint8 tensor [N, C, H, W] or "
+                            "finite floats, which latents=True takes as they are; these are "
                             f"{getattr(x, 'dtype', type(x))} {list(getattr(x, 'shape', ()))}")
         if self.labels is None and len(self.classes) == 1:
             self.labels = torch.zeros(len(x), dtype=torch.long)

@@ -1,4 +1,5 @@
 """The network: two levels in, two heads out, (7), on EDM's DDPM++ trunk."""
+import copy
 import math
 import os
 from functools import partial
@@ -290,12 +291,12 @@ def load_model(filename, device="cpu", precision="fp32", compiled=False, net=Non
 
 
 def try_out(net, x, alpha, sigma, augmented):
-    """Images x [B, C, H, W] through a network of one's own, forward and back, so that a mistake is
-    one line before a run writes anything. Raises UserError."""
+    """Images x [B, C, H, W] through a copy of a network of one's own, forward and back, so that a
+    mistake is one line before a run writes anything. Raises UserError."""
     augment = x.new_zeros(len(x), 9) if augmented else None
     label = x.new_full((len(x),), net.classes - 1, dtype=torch.long) if net.classes else None
     try:
-        x0_hat = sum(net.to(x.device).eval()(x, alpha, sigma, augment, label))
+        x0_hat = sum(copy.deepcopy(net).to(x.device).eval()(x, alpha, sigma, augment, label))
         if not (x0_hat.requires_grad and x0_hat.isfinite().all()):
             raise UserError("its output has no gradient, or is not finite")
         x0_hat.sum().backward()

@@ -183,8 +183,7 @@ def plain_image(latents, mean, cov):
     values, vectors = torch.linalg.eigh(cov)                    # cov may be singular: no Cholesky
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T     # whatever signs eigh has chosen
     z = latents.mean((2, 3)) * math.sqrt(latents[0, 0].numel())         # [B, C], unit normal
-    colour = mean + z @ root
-    return colour[:, :, None, None].expand_as(latents)          # [B, C, H, W]
+    return (mean + z @ root)[:, :, None, None].expand_as(latents)               # [B, C, H, W]
 
 
 def generate(net, path, shape, seeds, device=None, batch=64, label=None, **options):

@@ -160,7 +160,8 @@ def train(args, data=None, path=None, net=None, signals=()):
         path, net, config = parts(args, data, path, net)
         if args.init_from and not state:
             start_from(net, args.init_from, data.classes)
-        net = net.to(args.device, memory_format=torch.channels_last).train()
+        layout = torch.channels_last if config["unet"] else torch.contiguous_format    # one's own
+        net = net.to(args.device, memory_format=layout).train()
         ema = copy.deepcopy(net).eval().requires_grad_(False)
         optimizer = torch.optim.Adam(net.parameters(), args.lr, (0.9, 0.999), 1e-8, fused=True)
         run = {"config": config, "data": data.facts(), "options": vars(args)}   # in each checkpoint
@@ -327,8 +328,7 @@ def parts(args, data, path, net):
         net = build(config)
         net.unet.check(h, w)
     else:
-        x = torch.randn(2, c, h, w, device=args.device)
-        try_out(copy.deepcopy(net), x, *levels[2], args.augment > 0)
+        try_out(net, torch.randn(2, c, h, w, device=args.device), *levels[2], args.augment > 0)
     config["answers"] = f"{type(net).__name__}, {net.answers.__qualname__}"
     return path, net, config
 
@@ -374,7 +374,8 @@ def begin(args, run, data, net, seen, bf16):
     if not levels[0][i] <= trained[0][i] < trained[1][i] <= levels[-1][i] < 1e4 * trained[1][i]:
         warn(f"warning: sampling goes from {levels[-1]} to {levels[0]} (blur, noise), which does "
              "not fit these levels: is the path's t_range right?")
-    if data.latents and not 0.5 < max(map(abs, facts["mean"] + facts["std"])) / net.sigma_data < 2:
+    spread = max(facts["std"])
+    if data.latents and not max(map(abs, facts["mean"])) < spread < 2 * net.sigma_data < 4 * spread:
         warn(f"warning: the network expects mean 0, standard deviation {net.sigma_data:g}: scale "
              "the latents, or give Denoiser another sigma_data")
 
@@ -415,9 +416,8 @@ def save(args, run, net, ema, optimizer, seen, kimg, must):
 
 
 def draw_grid(filename, run, path, ema):
-    colour = run["config"]["colour"]                            # None where there is noise
-    states = generate(ema, path, run["data"]["shape"], range(64), colour=colour,
-                      solver="heun" if colour else "multistep")
+    states = generate(ema, path, run["data"]["shape"], range(64), colour=run["config"]["colour"],
+                      solver="heun" if run["config"]["colour"] else "multistep")
     with or_a_warning("a grid"):
         save_grid(torch.cat([to_uint8(x).cpu() for x in states]), filename)
 
@@ -448,7 +448,7 @@ def refuse_other(out, old, new, of=""):
 
 def restore(out, state, run, net, ema, optimizer):
     """Puts a saved state into the new parts -> the images seen. UserError where it does not fit."""
-    refuse_other(out, state["data"], {"digest": run["data"]["digest"]}, "images of ")
+    refuse_other(out, state["data"], {k: run["data"][k] for k in ("digest", "classes")}, "images' ")
     refuse_other(out, state["config"], {k: v for k, v in run["config"].items() if k != "colour"})
     try:
         net.load_state_dict(state["net"])

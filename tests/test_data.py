@@ -323,7 +323,7 @@ def test_images_are_checked_as_they_enter():
     assert Images(x).labels.tolist() == [0] * 4 and Images(x).facts()["classes"] == ["all"]
     assert Images(x.float(), latents=True).facts()["latents"] is True
     for bad in (x.long(), x.bool(), x.float(), x[0], x[:0], x.numpy()):
-        with pytest.raises(UserError, match="mine: images must be a uint8 tensor"):
+        with pytest.raises(UserError, match="mine: images must be a torch.uint8 tensor"):
             Images(bad)
     for bad in (x, x.float() * math.nan):
         with pytest.raises(UserError, match="finite floats, which latents=True takes as they are"):

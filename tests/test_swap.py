@@ -145,6 +145,7 @@ WRONG = {
     "int": (Denoiser(Wrong(torch.Tensor.long)), r"must be \[2, 6, 8, 8\], and not torch.int64"),
     "complex": (Denoiser(Wrong(lambda f: f + 0j)), "must be .* and not torch.complex64"),
     "nan": (Denoiser(Wrong(lambda f: f / 0)), "not finite"),
+    "weight norm": (Denoiser(torch.nn.utils.weight_norm(torch.nn.Conv2d(3, 6, 1))), "deepcopy"),
     "in place": (Denoiser(Wrong(lambda f: f.sigmoid().mul_(2).exp().add_(1))), "in-?place"),
     "two arguments": (Denoiser(torch.nn.Conv2d(3, 6, 1)), "called as unet\\(x, c_noise, augment, ")}
 
@@ -167,7 +168,7 @@ def test_what_is_no_data_and_no_path_is_one_line_before_anything_is_written(tmp_
                          ((noise_images(), Falling()), "the path Falling cannot be used")):
         with pytest.raises(UserError, match=words):
             train.train(options(tmp_path / "run"), *parts)
-    with pytest.raises(UserError, match=r"must be a uint8 tensor \[N, C, H, W\].*\[20, 8, 8, 3\]"):
+    with pytest.raises(UserError, match=r"must be a torch.uint8 tensor .*\[20, 8, 8, 3\]"):
         Images(x.permute(0, 2, 3, 1))
     assert not (tmp_path / "run").exists()
 
@@ -299,7 +300,7 @@ def test_a_run_with_parts_of_ones_own_resumes(tmp_path):
 @pytest.mark.parametrize("channels, scale", [(3, 127.5), (1, 127.5), (4, 1)])
 def test_a_tensor_of_images(tmp_path, channels, scale, capsys):
     images = noise_images(channels)
-    if scale == 1:
+    if scale == 1:                          # which is not what the network expects
         images = Images(3 * torch.randn(20, channels, 8, 8), name="noise", latents=True)
     ema = train.train(options(tmp_path), images)
     x = four_samples(ema, degrade.ConstantBNR(0.5), channels)
@@ -395,12 +396,15 @@ def test_the_levels_of_a_path_and_the_images_are_compared_on_resuming(tmp_path):
     train.train(options(tmp_path), noise_images(), degrade.ConstantBNR(2))
     with pytest.raises(UserError, match="a run with levels"):
         train.train(options(tmp_path, 0.032), noise_images(), degrade.ConstantBNR(0.1))
-    images, labels = noise_images(), noise_images(classes=("a", "b"))
+    images, labels, named = noise_images(), noise_images(classes=("a", "b")), noise_images()
+    named.classes = ["every"]
     images.images[[0, 1]] = images.images[[1, 0]]
     labels.labels[[0, 1]] = labels.labels[[1, 0]]
     for other in (images, labels):
-        with pytest.raises(UserError, match="a run with images of digest"):
+        with pytest.raises(UserError, match="a run with images' digest"):
             train.train(options(tmp_path, 0.032), other, degrade.ConstantBNR(2))
+    with pytest.raises(UserError, match="a run with images' classes"):
+        train.train(options(tmp_path, 0.032), named, degrade.ConstantBNR(2))
     images = noise_images()
     images.name = "moved"
     train.train(options(tmp_path, 0.032), images, degrade.ConstantBNR(2))

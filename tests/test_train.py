@@ -348,7 +348,7 @@ def test_data_may_move_but_not_change(tmp_path, images, monkeypatch, capsys):
     (moved / "1.png").rename(moved / "0.png")
     (moved / "x.png").rename(moved / "1.png")
     refused(capsys, lambda: small(monkeypatch, moved, tmp_path / "run", "--duration", 0.064),
-            "holds a run with images of digest")
+            "holds a run with images' digest")
 
 
 def test_precision_may_change_and_an_old_state_may_lack_what_is_new(tmp_path, images, monkeypatch):
