@@ -139,7 +139,7 @@ def levels_of(path, t):
 
 def check_path(path, h, w):
     """Raises UserError, with one line, for a path that breaks the contract of Path. It is looked at
-    on a grid of t for images of h x w, and some training levels are drawn."""
+    on a grid of t for images of h x w, and 1,000 training levels, which are returned: [2, 1000]."""
     if isinstance(path, type):
         raise UserError(f"{path.__name__} is a class: give a path, {path.__name__}()")
     try:
@@ -162,6 +162,7 @@ def check_path(path, h, w):
         rules = {f"t_range, levels or training_levels fails ({' '.join(str(e).split())})": False}
     for rule in (rule for rule, kept in rules.items() if not kept):
         raise UserError(f"the path {type(path).__name__} cannot be used: {rule}")
+    return drawn
 
 
 def along_sigma(path, h, w):
@@ -228,10 +229,10 @@ def expand_level(level, x, dtype=None):
     return level.reshape(-1, 1, 1, 1) if level.ndim else level
 
 
-def three_discs(n=32):
-    """A test image for the film strip: overlapping discs of flat colours, [1, 3, n, n]."""
-    pixel = (torch.arange(n) + 0.5) / n
-    x0 = torch.tensor([-0.7, -0.5, -0.1])[:, None, None].repeat(1, n, n)
+def three_discs():
+    """A test image: overlapping discs of flat colours, [1, 3, 32, 32]."""
+    pixel = (torch.arange(32) + 0.5) / 32
+    x0 = torch.tensor([-0.7, -0.5, -0.1])[:, None, None].repeat(1, 32, 32)
     for x, y, r, colour in ((0.3, 0.3, 0.35, (0.9, 0.5, -0.6)), (0.75, 0.6, 0.3, (-0.6, 0.6, 0.7)),
                             (0.4, 0.75, 0.18, (0.9, 0.9, 0.8))):
         inside = torch.hypot(pixel - x, pixel[:, None] - y) < r

@@ -116,8 +116,8 @@ def options_of_run(parser, given):
     """The options that a run has written, as defaults, but for the device: that of this machine."""
     try:
         stored = json.loads(Path(given.resume, "options.json").read_text())
-        stored.update(PRESETS[stored["preset"]] | stored, out=given.resume,
-                      bnr=None if stored["path"] else stored["bnr"])
+        stored.update(out=given.resume, bnr=None if stored["path"] else stored["bnr"])
+        PRESETS[stored["preset"]]                               # a KeyError for one that has gone
         return {k: v for k, v in stored.items() if k in vars(given) and k != "device"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         parser.error(f"--resume {given.resume}: it holds no run (a readable options.json)")
@@ -160,8 +160,8 @@ def train(args, data=None, path=None, net=None, signals=()):
         path, net, config = parts(args, data, path, net)
         if args.init_from and not state:
             start_from(net, args.init_from, data.classes)
-        layout = torch.channels_last if config["unet"] else torch.contiguous_format    # one's own
-        net = net.to(args.device, memory_format=layout).train()
+        layout = torch.channels_last if config["unet"] else torch.contiguous_format
+        net = net.to(args.device, memory_format=layout).train() # one's own may not run in the other
         ema = copy.deepcopy(net).eval().requires_grad_(False)
         optimizer = torch.optim.Adam(net.parameters(), args.lr, (0.9, 0.999), 1e-8, fused=True)
         run = {"config": config, "data": data.facts(), "options": vars(args)}   # in each checkpoint
@@ -313,10 +313,9 @@ def parts(args, data, path, net):
         raise UserError(f"the network has {net.classes} classes and the run {classes}: a network's "
                         "attribute `classes` and --cond go together")
     name, path = type(path).__name__ if path else args.path, path or make_path(args.bnr, args.path)
-    check_path(path, h, w)
-    torch.manual_seed(0)                    # of the levels in training: those of nine in ten images
-    drawn = torch.stack(path.training_levels(1000, h, w)).double()
-    trained = drawn.quantile(torch.tensor([0.05, 0.95]).double(), dim=1).tolist()
+    torch.manual_seed(0)                                        # of the levels that are drawn here
+    drawn = check_path(path, h, w).double()
+    trained = drawn.quantile(torch.tensor([0.05, 0.95]).double(), dim=1).tolist()   # nine in ten
     levels = torch.stack(levels_of(path, np.geomspace(*path.t_range(h, w), 5)), 1).tolist()
     config = {"bnr": args.bnr, "path": name, "sigma_data": net.sigma_data if net else SIGMA_DATA,
               "param": args.param, "unet": None if net else unet_config(args, c, h, w, classes),
