@@ -36,8 +36,7 @@ from fid import frechet_distance
 from inception import load_inception
 from model import load_model
 from sample import generate, sampling_path
-from util import (Parser, UserError, atomic_write, compile_or_warn, signals_noted,
-                  to_uint8)
+from util import Parser, UserError, atomic_write, compile_or_warn, signals_noted, to_uint8
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = ["--sample-steps", 1]                   # what train.py's grids take with --quick

@@ -30,8 +30,6 @@ def options():
     args = p.parse_args()
     if len(args.bnr) > 3:
         p.error("--bnr takes up to three ratios")
-    if args.bnr != [None] and args.path:
-        p.error("--bnr and --path are two ways to choose the path: give one of them")
     return p, args
 
 
