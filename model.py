@@ -46,8 +46,8 @@ class Denoiser(nn.Module):
         ratio = {"ratio": s.ratio.expand(len(x))} if self.told_ratio else {}
         f = self.unet(s.c_in * x, s.c_noise.expand(len(x)), augment, label, **ratio)
         needed = [len(x), self.heads * x.shape[1], *x.shape[2:]]
-        given = getattr(f, "dtype", type(f).__name__)
-        given = list(f.shape) if getattr(given, "is_floating_point", False) else given
+        given = list(f.shape) if torch.is_tensor(f) and f.is_floating_point() \
+            else getattr(f, "dtype", type(f).__name__)
         if given != needed:                                     # what only broadcasts as well
             raise UserError(f"the network's output must be {needed}, and not {given}")
         return self.answers(x, f.float(), s)

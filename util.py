@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
         except UserError as e:
             self.error(e)
         except BrokenPipeError:
-            os._exit(141)                   # Python's own end would write to nobody again
+            os._exit(128 + 13)              # SIGPIPE; Python's own end would write to nobody again
         except OSError as e:
             self.error(f"{e.filename}: {e.strerror}" if e.filename else e)
         except (MemoryError, RuntimeError) as e:                # torch has a class for a GPU's only
@@ -339,13 +339,13 @@ def signals_noted():
 
     def note(number, frame):
         received.append(number)
-        if world_size() == 1 and number != 13:                  # SIGPIPE: each line is a second one
+        if world_size() == 1 and signal.Signals(number).name != "SIGPIPE":      # each line is one
             signal.signal(number, signal.SIG_DFL)
             with contextlib.suppress(OSError):                  # print is not safe in a handler
                 os.write(2, b"\nstopping after this step; a second signal stops at once\n")
     names = "SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE"            # Windows has two of them
     before = {s: signal.signal(s, note) for s in signal.Signals if s.name in names
-              and (s == 13 or signal.getsignal(s) != signal.SIG_IGN)}           # as under nohup
+              and (s.name == "SIGPIPE" or signal.getsignal(s) != signal.SIG_IGN)}       # nohup
     try:
         yield received
     finally:
