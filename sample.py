@@ -4,6 +4,9 @@
     python sample.py --ckpt run/ema.pt --solver multistep            # 12 evaluations instead of 35
     python sample.py --ckpt run/ema.pt --init cat.png --level 1      # your own, degraded and back
     python sample.py --ckpt any/ema.pt --bnr 0.3                     # a network of --bnr any
+
+`euler`, `heun` and `multistep` carry a state down a list of levels. `sample` chooses the start and
+the levels, `generate` gives each image its own seed. The command line comes last.
 """
 import argparse
 import math
@@ -16,177 +19,275 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from degrade import (AnyBNR, along_sigma, attenuation, check_path, dct2, degrade, expand_level,
-                     idct2, levels_of, make_path)
-from model import load_model
-from util import (Parser, UserError, add_device_option, join_processes, normalize, number, rank,
-                  read_image, save_grid, save_image, say, to_uint8, world_size)
+from degrade import (AnyBNR, Schedule, append_dims, attenuation, check_schedule, dct2, degrade,
+                     idct2, make_schedule)
+from util.checkpoint import load_model
+from util.cli import Parser, UserError, add_device_option, number, say
+from util.distributed import join_processes, rank, world_size
+from util.images import normalize, read_image, save_grid, save_image, to_uint8
 
 STEPS = {"euler": 18, "heun": 18, "multistep": 12}              # by default
-THIRD = 9                                       # multistep has order 3 from this many steps on
+THIRD_ORDER_FROM = 9                            # steps from which on multistep has order 3
 
 
-def time_steps(n, t_min=0.002, t_max=80., rho=7.):
+@torch.no_grad()
+def euler(net, schedule: Schedule, x: torch.Tensor, times, churn=None, watch=None):
+    """Carry the state x [B, C, H, W] down the levels `times` along the flow (2), in float64.
+    One evaluation of the network a step.
+
+    net: (x, alpha, sigma) -> D, R. times: falling, [n + 1]. churn: None, or a function (x, t) ->
+    x, t_hat that climbs to a higher level before each step. watch(t, x, D, R) sees the first
+    evaluation of each step. UserError for times that do not fall.
+    """
+    times = falling(times)
+    x = x.double()
+    for t, s in zip(times[:-1], times[1:]):
+        if churn is not None:
+            x, t = churn(x, t)                                  # (4)
+        d, r, n_hat = evaluate(net, schedule, x, t)
+        if watch is not None:
+            watch(t.item(), x, d, r)
+        x = step(x, d + r, n_hat, t, s, schedule)               # (3)
+    return x
+
+
+@torch.no_grad()
+def heun(net, schedule: Schedule, x: torch.Tensor, times, churn=None, watch=None):
+    """The same by Heun's method, the paper's sampler: two evaluations a step, but one for a last
+    step to 0. At BNR 0 it is Algorithm 2 of EDM."""
+    times = falling(times)
+    x = x.double()
+    for t, s in zip(times[:-1], times[1:]):
+        if churn is not None:
+            x, t = churn(x, t)                                  # (4)
+        d, r, n_hat = evaluate(net, schedule, x, t)
+        if watch is not None:
+            watch(t.item(), x, d, r)
+        x0_hat = d + r
+        x_s = step(x, x0_hat, n_hat, t, s, schedule)            # (3), Euler's
+        if s > 0:                                               # again, with both ends' average
+            d_s, r_s, n_hat_s = evaluate(net, schedule, x_s, s)
+            x0_hat = (x0_hat + d_s + r_s) / 2
+            n_hat = (n_hat + n_hat_s) / 2
+            x_s = step(x, x0_hat, n_hat, t, s, schedule)        # (3)
+        x = x_s
+    return x
+
+
+def evaluate(net, schedule: Schedule, x: torch.Tensor, t):
+    """D, R and n_hat = (x - D) / sigma, the slope in sigma of the flow, 0 where there is no noise:
+    float64."""
+    alpha, sigma = schedule.levels(t)
+    d, r = net(x, alpha.to(x.device), sigma.to(x.device))
+    d = d.double()
+    r = r.double()
+    sigma = append_dims(sigma, x)
+    n_hat = torch.where(sigma > 0, (x - d) / sigma, 0)                          # (2)
+    return d, r, n_hat
+
+
+def step(x, x0_hat, n_hat, t, s, schedule: Schedule):
+    """Equation (3), from level t to s: deblur along M, denoise along sigma. Written with
+    differences, so that a step of zero length returns x whatever the two heads answer."""
+    alpha_t, sigma_t = schedule.levels(t)
+    alpha_s, sigma_s = schedule.levels(s)
+    dm = attenuation(alpha_s, x) - attenuation(alpha_t, x)
+    return x + idct2(dm * dct2(x0_hat)) + append_dims(sigma_s - sigma_t, x) * n_hat     # (3)
+
+
+def time_steps(n: int, t_min: float = 0.002, t_max: float = 80., rho: float = 7.):
     """EDM's n levels from t_max to t_min, then 0: float64 [n + 1]."""
     i = torch.linspace(0, 1, n, dtype=torch.float64)
     t = (t_max ** (1 / rho) + i * (t_min ** (1 / rho) - t_max ** (1 / rho))) ** rho         # (11)
     return torch.cat([t, torch.zeros(1, dtype=torch.float64)])
 
 
-def multistep_times(n, h, w, t_min=0.002, t_max=80.):
+def falling(times) -> torch.Tensor:
+    """The levels of a sampler as float64 on the CPU. UserError where they do not fall."""
+    times = torch.as_tensor(times, dtype=torch.float64, device="cpu")
+    if len(times) < 2 or not (times.diff() < 0).all() or times[-1] < 0:
+        raise UserError("the time steps must fall, and there must be at least one step")
+    return times
+
+
+# Stochastic sampling
+
+
+def climb(x, t, schedule: Schedule, gamma: float, s_min: float, s_max: float, s_noise: float,
+          randn):
+    """EDM's churn: x at level t -> x and t_hat = (1 + gamma) t, where t lies in [s_min, s_max].
+    randn: returns unit normals like x, which are multiplied by s_noise."""
+    if not s_min <= t <= s_max:
+        return x, t
+    t_hat = t * (1 + gamma)
+    return churn_step(x, t, t_hat, schedule, s_noise * randn().to(x)), t_hat
+
+
+def churn_step(x, t, t_hat, schedule: Schedule, noise):
+    """Equation (4), from level t up to t_hat, exactly as the forward process goes. UserError where
+    the schedule falls between the two."""
+    alpha, sigma = schedule.levels(t)
+    alpha_hat, sigma_hat = schedule.levels(t_hat)
+    if not (alpha_hat >= alpha and sigma_hat >= sigma):
+        raise UserError(f"churn climbs to t = {t_hat:.3g}, where the schedule falls: give s_max")
+    more_blur = (alpha_hat ** 2 - alpha ** 2).sqrt()
+    q = attenuation(more_blur, x)               # M_that / M_t: each of the two can underflow
+    sigma = append_dims(sigma, x)
+    sigma_hat = append_dims(sigma_hat, x)
+    u_hat = q * dct2(x) + (sigma_hat ** 2 - q ** 2 * sigma ** 2).sqrt() * dct2(noise)       # (4)
+    return idct2(u_hat)
+
+
+# Multistep: this project's, not the paper's. DPM-Solver++ carried to blurred schedules
+
+
+@torch.no_grad()
+def multistep(net, schedule: Schedule, x: torch.Tensor, times, watch=None):
+    """The same with one evaluation a step, by the polynomials through the last evaluations (5).
+
+    Order 3 from THIRD_ORDER_FROM steps on, else 2. A last step to 0 returns the estimate itself.
+    The schedule must have noise.
+    """
+    times = falling(times)
+    x = x.double()
+    order = 3 if len(times) > THIRD_ORDER_FROM else 2
+    nodes = []                                  # l = -ln sigma of the evaluations, newest first
+    values = []                                 # x0_hat and e, DCT, [2, B, C, H, W], likewise
+    for t, s in zip(times[:-1], times[1:]):
+        d, r, n_hat = evaluate(net, schedule, x, t)
+        if watch is not None:
+            watch(t.item(), x, d, r)
+        x0_hat = d + r
+        if s == 0:
+            return x0_hat
+        alpha, sigma = schedule.levels(t)
+        u0 = dct2(x0_hat)
+        e = dct2(d) - attenuation(alpha, x) * u0                # what the two heads disagree by
+        nodes = [-sigma.log(), *nodes[:order - 1]]
+        values = [torch.stack([u0, e]), *values[:order - 1]]
+        x_s = step(x, x0_hat, n_hat, t, s, schedule)            # (3), Euler's
+        x = x_s + curvature(nodes, values, t, s, schedule)      # (5)
+    return x
+
+
+def curvature(nodes, values, t, s, schedule: Schedule, cells: int = 200):
+    """What (5) adds to Euler's step from t to s: the integrals of x0_hat d(M / sigma) and of
+    e d(1 / sigma), less their values at t. The polynomials in l through the nodes are in Newton's
+    form, and summed over cells that are even in ln t."""
+    value = values[0]
+    i = torch.linspace(0, 1, cells + 1, dtype=torch.float64)
+    alpha, sigma = schedule.levels(t ** (1 - i) * s ** i)       # [cells + 1]
+    l = -(sigma[1:] * sigma[:-1]).log() / 2                     # in the middle of each cell
+    ratio = attenuation(alpha, value) / append_dims(sigma, value)
+    d_blurred = ratio.diff(dim=0)                               # d(M / sigma), [cells, 1, H, W]
+    d_noise = (1 / sigma).diff()                                # d(1 / sigma), [cells]
+    product = torch.ones_like(l)
+    total = torch.zeros_like(value[0])
+    differences = values
+    for k in range(1, len(nodes)):
+        product = product * (l - nodes[k - 1])                  # (l - l_0) ... (l - l_(k-1))
+        differences = [(differences[j] - differences[j + 1]) / (nodes[j] - nodes[j + k])
+                       for j in range(len(differences) - 1)]    # Newton's divided differences
+        of_x0_hat = torch.tensordot(product.to(value.device), d_blurred, 1)     # [1, H, W]
+        of_e = (product * d_noise).sum().to(value.device)
+        total = total + of_x0_hat * differences[0][0] + of_e * differences[0][1]
+    return append_dims(sigma[-1], total) * idct2(total)                         # (5)
+
+
+def multistep_times(n: int, h: int, w: int, t_min: float = 0.002, t_max: float = 80.):
     """Multistep's n levels from t_max, then 0: float64 [n + 1].
 
     They are even in ln(1 + a / sigma): in ln sigma below a, where an image of h x w appears, and in
     1 / sigma above it, where the estimate is still the mean of all images. The last is where the
     image is finished. Order 3 starts with half a step, for its first two steps have less.
     """
-    a, last = 1.5 * math.sqrt(h * w), min(max(180 * t_min / n, t_min), math.sqrt(t_min * t_max))
+    a = 1.5 * math.sqrt(h * w)
+    last = min(max(180 * t_min / n, t_min), math.sqrt(t_min * t_max))
     i = torch.arange(n, dtype=torch.float64)
-    if n >= THIRD:
+    if n >= THIRD_ORDER_FROM:
         i[1:] -= 0.5
-    start, end = math.log1p(a / t_max), math.log1p(a / last)
+    start = math.log1p(a / t_max)
+    end = math.log1p(a / last)
     t = a / torch.expm1(start + i / i[-1].clamp(min=1) * (end - start))         # [n]
     return torch.cat([torch.full_like(t[:1], t_max), t[1:], torch.zeros_like(t[:1])])
 
 
-@torch.no_grad()
-def solve(net, path, x, times, solver="heun", churn=0., s_min=0., s_max=math.inf, s_noise=1.,
-          noise=None, watch=None):
-    """Carry the state x [B, C, H, W] down the levels `times` along the flow (2), in float64.
+# From noise to images
 
-    net: (x, alpha, sigma) -> D, R. times: falling, [n + 1]. solver: "euler" and "multistep" call
-    net once a step, "heun" twice, but once for a last step to 0. churn: EDM's S_churn, for levels
-    from s_min to s_max, with fresh noise from noise(), unit normal like x, times s_noise.
-    watch(t, x, D, R) sees the first evaluation of each step. Raises UserError for another solver,
-    for times that do not fall, and for multistep with churn or without noise.
+SOLVERS = {"euler": euler, "heun": heun, "multistep": multistep}
+
+
+def sample(net, schedule: Schedule, z: torch.Tensor, steps: int | None = None, mean_color=None,
+           init=None, level: float | None = None, solver: str = "heun", churn: float = 0.,
+           s_min: float = 0., s_max: float = math.inf, s_noise: float = 1., randn=None, watch=None):
+    """Unit normal z [B, C, H, W] -> images, float64, not clamped.
+
+    steps: 18, or 12 for multistep, which has time steps of its own. mean_color: where a schedule
+    without noise starts, {"mean": [C], "cov": [C][C]} of the images' mean colors. init [1, C, H,
+    W]: degraded to `level`, the start instead. churn: EDM's S_churn, for levels from s_min to
+    s_max, with fresh noise from randn(), unit normal like z, times s_noise. watch: see euler.
+    UserError for a schedule that breaks its contract, for an impossible start, for another solver,
+    and for multistep with churn or without noise.
     """
-    times = torch.as_tensor(times, dtype=torch.float64, device="cpu")
-    if solver not in STEPS:
+    h, w = z.shape[-2:]
+    check_schedule(schedule, h, w)
+    if solver not in SOLVERS:
         raise UserError(f"solver must be euler, heun or multistep, not {solver}")
-    if len(times) < 2 or not (times.diff() < 0).all() or times[-1] < 0:
-        raise UserError("the time steps must fall, and there must be at least one step")
-    if solver == "multistep" and (churn or levels_of(path, times[0])[1] == 0):
-        raise UserError("multistep needs a path with noise and no churn: use heun or euler")
-    x, history, order = x.double(), [], 3 if len(times) > THIRD else 2
-    for t, s in zip(times[:-1], times[1:]):
-        if churn and s_min <= t <= s_max:
-            t_hat = t * (1 + min(churn / (len(times) - 1), math.sqrt(2) - 1))
-            fresh = torch.randn_like(x) if noise is None else noise().to(x)
-            x, t = churn_step(x, t, t_hat, path, s_noise * fresh), t_hat
-        d, r, n_hat = evaluate(net, path, x, t)
-        if watch:
-            watch(t.item(), x, d, r)
-        x0_hat = d + r
-        x_s = step(x, x0_hat, n_hat, t, s, path)                                # (3), Euler
-        if solver == "heun" and s > 0:                          # the same with both ends' average
-            d_s, r_s, n_s = evaluate(net, path, x_s, s)
-            x_s = step(x, (x0_hat + d_s + r_s) / 2, (n_hat + n_s) / 2, t, s, path)  # (3)
-        if solver == "multistep":
-            alpha, sigma = levels_of(path, t)
-            u = dct2(x0_hat)
-            value = torch.stack([u, dct2(d) - attenuation(alpha, x) * u])   # [2, B, C, H, W]
-            history = [(-sigma.log(), value)] + history[:order - 1]
-            x_s = x0_hat if s == 0 else x_s + curvature(history, t, s, path)        # (5)
-        x = x_s
+    if steps is None:
+        steps = STEPS[solver]
+    if type(steps) is not int or steps < 1 or (init is None) != (level is None):
+        raise UserError("steps must be an int of at least 1, and init and level go together")
+    t_min, t_max = schedule.sigma_range(h, w)
+    if level is not None:
+        t_max = level
+    x = start(schedule, t_max, z, mean_color, init)
+
+    if solver == "multistep":
+        has_noise = schedule.levels(t_max)[1] > 0
+        if churn or not has_noise:
+            raise UserError("multistep needs a schedule with noise and no churn: use heun or euler")
+        x = multistep(net, schedule, x, multistep_times(steps, h, w, t_min, t_max), watch)
+    else:
+        climber = None
+        if churn:
+            gamma = min(churn / steps, math.sqrt(2) - 1)
+            climber = partial(climb, schedule=schedule, gamma=gamma, s_min=s_min, s_max=s_max,
+                              s_noise=s_noise, randn=randn or partial(torch.randn_like, x))
+        x = SOLVERS[solver](net, schedule, x, time_steps(steps, t_min, t_max), climber, watch)
     if not x.isfinite().all():
         raise UserError("the network's answers led to an image that is not finite")
     return x
 
 
-def step(x, x0_hat, n_hat, t, s, path):
-    """Equation (3), from level t to s: deblur along M, denoise along sigma."""
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = levels_of(path, t), levels_of(path, s)
-    deblurred = idct2((attenuation(alpha_s, x) - attenuation(alpha_t, x)) * dct2(x0_hat))
-    return x + deblurred + expand_level(sigma_s - sigma_t, x) * n_hat           # (3)
-
-
-def evaluate(net, path, x, t):
-    """D, R and n_hat = (x - D) / sigma, the slope in sigma of the flow, 0 where there is no noise:
-    float64."""
-    alpha, sigma = (v.to(x.device) for v in levels_of(path, t))
-    d, r = (v.double() for v in net(x, alpha, sigma))
-    sigma = expand_level(sigma, x)
-    return d, r, torch.where(sigma > 0, (x - d) / sigma, 0)                     # (2)
-
-
-def curvature(history, t, s, path, cells=200):
-    """What (5) adds to Euler's step from t to s: the integrals of x0_hat d(M / sigma) and of
-    e d(1 / sigma), less their values at t. history: l = -ln sigma and [2, B, C, H, W], x0_hat and e
-    in the DCT domain, of the last evaluations, the newest first. The polynomials in l through them
-    are in Newton's form, and summed over cells that are even in ln t."""
-    nodes, values = zip(*history)
-    value = values[0]
-    i = torch.linspace(0, 1, cells + 1, dtype=torch.float64)
-    alpha, sigma = levels_of(path, t ** (1 - i) * s ** i)
-    l = -(sigma[1:] * sigma[:-1]).log() / 2                     # in the middle of each cell
-    device, p, total = value.device, torch.ones_like(l), torch.zeros_like(value[0])
-    blurred = (attenuation(alpha, value) / expand_level(sigma, value)).diff(dim=0)
-    for k in range(1, len(history)):
-        p = p * (l - nodes[k - 1])                              # (l - l_0) ... (l - l_(k-1))
-        values = [(new - old) / (nodes[j] - nodes[j + k])       # divided differences
-                  for j, (new, old) in enumerate(zip(values, values[1:]))]
-        of_x0 = torch.tensordot(p.to(device), blurred, 1)       # [1, H, W]
-        of_e = (p * (1 / sigma).diff()).sum().to(device)
-        total = total + of_x0 * values[0][0] + of_e * values[0][1]
-    return expand_level(sigma[-1], total) * idct2(total)                        # (5)
-
-
-def churn_step(x, t, t_hat, path, noise):
-    """Equation (4), from level t up to t_hat, exactly as the forward process goes."""
-    (alpha, sigma), (alpha_hat, sigma_hat) = levels_of(path, t), levels_of(path, t_hat)
-    if not (alpha_hat >= alpha and sigma_hat >= sigma):
-        raise UserError(f"churn climbs to t = {t_hat:.3g}, where the path falls: give s_max")
-    climb = (alpha_hat ** 2 - alpha ** 2).sqrt()
-    q = attenuation(climb, x)                                   # M_that / M_t: both can underflow
-    sigma, sigma_hat = expand_level(sigma, x), expand_level(sigma_hat, x)
-    u_hat = q * dct2(x) + (sigma_hat ** 2 - q ** 2 * sigma ** 2).sqrt() * dct2(noise)       # (4)
-    return idct2(u_hat)
-
-
-def sample(net, path, latents, steps=None, colour=None, init=None, level=None, solver="heun",
-           **options):
-    """Unit normal latents [B, C, H, W] -> images, float64, not clamped. options: see solve.
-
-    Levels here are those of sigma, or alpha without noise, whatever the path's t is. steps: 18, or
-    12 for multistep, which has time steps of its own. colour: where a path without noise starts,
-    {"mean": [C], "cov": [C][C]} of the mean colours of the images. init [1, C, H, W]: degraded to
-    `level`, the start instead. Raises UserError for a path that breaks its contract and for
-    an impossible start.
-    """
-    h, w = latents.shape[-2:]
-    check_path(path, h, w)
-    path = along_sigma(path, h, w)
-    t_min, t_max = path.t_range(h, w)
-    t_max = t_max if level is None else level
-    alpha, sigma = levels_of(path, t_max)
+def start(schedule: Schedule, t_max: float, z: torch.Tensor, mean_color=None, init=None):
+    """The state at level t_max, from unit normal z [B, C, H, W]. See sample."""
+    alpha, sigma = schedule.levels(t_max)
+    z = z.double()
     if init is not None:
-        if init.shape != (1, *latents.shape[1:]) or not init.is_floating_point() or init.max() > 99:
-            raise UserError(f"init must be float {[1, *latents.shape[1:]]}, in [-1, 1]")
-        x, _ = degrade(init.to(latents).double(), alpha, sigma, latents.double())
-    elif sigma > 0:
-        x = sigma.item() * latents.double()
-    elif colour is None:
-        raise UserError("a path without noise starts from a plain image: give its colour")
-    else:
-        x = plain_image(latents.double(), **colour)
-    steps = STEPS.get(solver, 1) if steps is None else steps
-    if type(steps) is not int or steps < 1 or (init is None) != (level is None):
-        raise UserError("steps must be an int of at least 1, and init and level go together")
-    times = multistep_times(steps, h, w, t_min, t_max) if solver == "multistep" \
-        else time_steps(steps, t_min, t_max)
-    return solve(net, path, x, times, solver, **options)
+        shape = [1, *z.shape[1:]]
+        if list(init.shape) != shape or not init.is_floating_point() or init.max() > 99:
+            raise UserError(f"init must be float {shape}, in [-1, 1]")
+        x, _ = degrade(init.to(z), alpha, sigma, z)                             # (1)
+        return x
+    if sigma > 0:
+        return sigma.item() * z
+    if mean_color is None:
+        raise UserError("a schedule without noise starts from a plain image: give its mean_color")
+    return plain_image(z, **mean_color)
 
 
-def plain_image(latents, mean, cov):
-    """Images of one colour each, drawn from a Gaussian with mean [C] and cov [C][C]."""
-    mean, cov = torch.tensor(mean).to(latents), torch.tensor(cov).to(latents)
+def plain_image(z: torch.Tensor, mean, cov) -> torch.Tensor:
+    """Images of one color each, drawn from a Gaussian with mean [C] and cov [C][C]."""
+    mean = torch.tensor(mean).to(z)
+    cov = torch.tensor(cov).to(z)
     values, vectors = torch.linalg.eigh(cov)                    # cov may be singular: no Cholesky
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T     # whatever signs eigh has chosen
-    z = latents.mean((2, 3)) * math.sqrt(latents[0, 0].numel())         # [B, C], unit normal
-    return (mean + z @ root)[:, :, None, None].expand_as(latents)               # [B, C, H, W]
+    color = z.mean((2, 3)) * math.sqrt(z[0, 0].numel())         # [B, C], unit normal
+    return (mean + color @ root)[:, :, None, None].expand_as(z)                 # [B, C, H, W]
 
 
-def generate(net, path, shape, seeds, device=None, batch=64, label=None, **options):
+def generate(net, schedule: Schedule, shape, seeds, device=None, batch: int = 64,
+             label: int | None = None, **options):
     """Yields the images of the seeds, batch by batch: float64 [b, C, H, W], shape = (C, H, W), on
     the device, the net's by default. options: see sample.
 
@@ -194,44 +295,59 @@ def generate(net, path, shape, seeds, device=None, batch=64, label=None, **optio
     generator of its own, so that its image does not depend on its batch, and on the CPU, so that it
     does not depend on the device. Raises UserError for a label that the net does not know.
     """
-    classes, heads = getattr(net, "classes", 0), net
+    classes = getattr(net, "classes", 0)
     if label is not None and (type(label) is not int or not 0 <= label < classes):
         raise UserError(f"label {label!r} is no int below {classes}, the network's classes")
     device = device or next(net.parameters()).device
+    heads = net
     for i in range(0, len(seeds), batch):
-        some = seeds[i:i + batch]
-        generators = [torch.Generator().manual_seed(int(s)) for s in some]
-        noise = lambda: torch.stack([torch.randn(shape, generator=g, dtype=torch.float64)
-                                     for g in generators])
+        batch_seeds = seeds[i:i + batch]
+        randn = seeded_randn(batch_seeds, shape)
         if classes:
-            labels = [s % classes if label is None else label for s in some]
+            labels = [s % classes if label is None else label for s in batch_seeds]
             heads = partial(net, label=torch.tensor(labels, device=device))
-        yield sample(heads, path, noise().to(device), noise=noise, **options)
+        yield sample(heads, schedule, randn().to(device), randn=randn, **options)
 
 
-def sampling_path(checkpoint, bnr=None, name=None):
-    """The path to sample a checkpoint along. A network of --bnr any takes a ratio, 0.5 by default,
-    or the path "blurring"; any other network takes its own path only. Raises UserError."""
-    trained = make_path(checkpoint["config"]["bnr"], checkpoint["config"].get("path"))
+def seeded_randn(seeds, shape):
+    """A function that returns unit normals, float64 [len(seeds), *shape], from a generator a seed.
+    """
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+    def randn():
+        return torch.stack([torch.randn(shape, generator=g, dtype=torch.float64)
+                            for g in generators])
+    return randn
+
+
+def sampling_schedule(checkpoint: dict, bnr: float | None = None, name: str | None = None):
+    """The schedule to sample a checkpoint along. A network of --bnr any takes a ratio, 0.5 by
+    default, or the schedule "blurring"; any other network takes its own only. Raises UserError."""
+    trained = make_schedule(checkpoint["config"]["bnr"], checkpoint["config"].get("schedule"))
     if bnr is None and name is None:
         return trained
     if not isinstance(trained, AnyBNR):
-        raise UserError("--bnr and --path are for a model trained with --bnr any")
+        raise UserError("--bnr and --schedule are for a model trained with --bnr any")
     if bnr is not None and name is not None:
-        raise UserError("--bnr and --path are two ways to choose the path: give one of them")
+        raise UserError("--bnr and --schedule are two ways to choose a schedule: give one of them")
     if bnr is not None and bnr > AnyBNR.max_bnr:
         raise UserError(f"--bnr {bnr:g}: the model knows ratios from 0 to {AnyBNR.max_bnr}")
-    return make_path(bnr, name)
+    return make_schedule(bnr, name)
 
 
-def sampler_options(p):
+# The command line
+
+
+def sampler_options(p: Parser) -> None:
+    """The options that every program has which draws samples."""
     a = p.add_argument
     a("--steps", type=number(int, 1, 10000),
       help="steps of the solver (default: 12 for multistep, else the model's --sample-steps)")
-    a("--solver", choices=list(STEPS), default="heun",
+    a("--solver", choices=list(SOLVERS), default="heun",
       help="heun for the paper's numbers; multistep, with steps of its own, for few evaluations, "
            "up to about BNR 0.5 (default heun)")
-    a("--path", choices=["blurring"], help="for a model of --bnr any: Hoogeboom & Salimans' path")
+    a("--schedule", choices=["blurring"],
+      help="for a model of --bnr any: Hoogeboom & Salimans' schedule")
     a("--churn", type=number(float, 0, 1e6), default=0., help="EDM's S_churn (default 0)")
     a("--s-min", type=number(float, 0), default=0., help="churn from this level (default 0)")
     a("--s-max", type=number(float, 0), default=math.inf, help="and up to this one (default inf)")
@@ -242,35 +358,50 @@ def sampler_options(p):
     add_device_option(p)
 
 
-def sampler(args, net, checkpoint):
+def sampler(args, net, checkpoint: dict):
     """The sampler's options as keywords of generate, and the NFE. Raises UserError."""
-    if (args.s_min, args.s_max, args.s_noise) != (0, math.inf, 1) and not args.churn:
+    changed = (args.s_min, args.s_max, args.s_noise) != (0, math.inf, 1)
+    if changed and not args.churn:
         raise UserError("--s-min, --s-max and --s-noise belong to --churn, which is 0")
     if args.s_min > args.s_max:
         raise UserError(f"--s-min {args.s_min:g} is above --s-max {args.s_max:g}")
-    steps = args.steps or (STEPS["multistep"] if args.solver == "multistep"
-                           else checkpoint["options"]["sample_steps"])
-    options = {k: getattr(args, k) for k in ("solver", "churn", "s_min", "s_max", "s_noise")}
-    options.update(steps=steps, colour=checkpoint["config"].get("colour"))
+    steps = args.steps
+    if steps is None and args.solver == "multistep":
+        steps = STEPS["multistep"]
+    if steps is None:
+        steps = checkpoint["options"]["sample_steps"]
+    options = {name: getattr(args, name)
+               for name in ("solver", "churn", "s_min", "s_max", "s_noise")}
+    options["steps"] = steps
+    options["mean_color"] = checkpoint["config"].get("mean_color")
     if args.label is not None:
-        classes = checkpoint["data"]["classes"][:net.classes]
-        if args.label not in classes:
-            raise UserError(f"--class {args.label}: the classes are {', '.join(classes)}" if classes
-                            else "--class is for a model trained with --cond")
-        options["label"] = classes.index(args.label)
-    return options, 2 * steps - 1 if args.solver == "heun" else steps
+        options["label"] = class_index(args.label, checkpoint["data"]["classes"][:net.classes])
+    nfe = 2 * steps - 1 if args.solver == "heun" else steps
+    return options, nfe
 
 
-def seed_list(text):
+def class_index(name: str, classes) -> int:
+    if not classes:
+        raise UserError("--class is for a model trained with --cond")
+    if name not in classes:
+        raise UserError(f"--class {name}: the classes are {', '.join(classes)}")
+    return classes.index(name)
+
+
+def seed_list(text: str):
     """An argparse type: 0-63 or 1,5,7-9 -> the seeds, in a list."""
     seeds = []
     for part in text.split(","):
-        found = re.fullmatch("([0-9]{1,18})(-([0-9]{1,18}))?", part)
-        some = range(int(found[1]), int(found[3] or found[1]) + 1) if found else ()
-        if not 0 < len(some) <= 10 ** 7:
+        match = re.fullmatch("([0-9]{1,18})(-([0-9]{1,18}))?", part)
+        interval = range(0)
+        if match:
+            first = int(match[1])
+            last = int(match[3] or match[1])
+            interval = range(first, last + 1)
+        if not 0 < len(interval) <= 10 ** 7:
             raise argparse.ArgumentTypeError("must be like 0-63 or 1,5,7-9, with at most 10 "
                                              f"million in a range, not {text!r}")
-        seeds += some
+        seeds += interval
     return seeds
 
 
@@ -281,7 +412,7 @@ def main():
     a("--seeds", type=seed_list, default=range(64),
       help="one image a seed, like 1,5,7-9; classes take turns without --class (default 0-63)")
     a("--out", default="samples",
-      help="folder of the images, .npy files where they are not grey or RGB (default samples)")
+      help="folder of the images, .npy files where they are not gray or RGB (default samples)")
     a("--bnr", type=number(float, 0), help="for a model of --bnr any: 0 to 10 (default 0.5)")
     sampler_options(p)
     a("--init", help="start from this image, degraded to --level")
@@ -293,44 +424,61 @@ def main():
         join_processes()
         net, checkpoint = load_model(args.ckpt, args.device, args.precision, args.compile)
         options, nfe = sampler(args, net, checkpoint)
-        path, facts = sampling_path(checkpoint, args.bnr, args.path), checkpoint["data"]
-        low, high = path.t_range(*facts["shape"][1:])
-        if args.level and not (args.init and low < args.level <= high):
-            raise UserError(f"--level is for --init, and must be above {low} and at most {high:g}")
-        if args.init and facts.get("latents"):
-            raise UserError("--init is for images, and this model's data are latents")
-        if args.init:
-            init = normalize(read_image(args.init, *facts["shape"]))
-            options.update(init=init, level=args.level or 1.)
-        draw_images(args, net, path, facts, options)
+        schedule = sampling_schedule(checkpoint, args.bnr, args.schedule)
+        facts = checkpoint["data"]
+        options.update(start_options(args, schedule, facts))
+        draw_images(args, net, schedule, facts, options)
         if rank() == 0:
             say(f"{len(args.seeds)} images, {args.solver} {options['steps']} steps, NFE {nfe} "
                 f"(network evaluations an image): {args.out}/")
 
 
-def draw_images(args, net, path, facts, options):
+def start_options(args, schedule: Schedule, facts: dict) -> dict:
+    """init and level of --init and --level, as keywords of generate. Raises UserError."""
+    if not args.init and not args.level:
+        return {}
+    c, h, w = facts["shape"]
+    low, high = schedule.sigma_range(h, w)
+    level = args.level or 1.
+    if not args.init or not low < level <= high:
+        raise UserError(f"--level is for --init, and must be above {low} and at most {high:g}")
+    if facts.get("latents"):
+        raise UserError("--init is for images, and this model's data are latents")
+    return {"init": normalize(read_image(args.init, c, h, w)), "level": level}
+
+
+def draw_images(args, net, schedule: Schedule, facts: dict, options: dict) -> None:
     """One file a seed in the folder --out, and a grid of the first 256; processes share them."""
-    n, out, latents = world_size(), args.out, facts.get("latents")
-    os.makedirs(out, exist_ok=True)
-    seeds, shown = args.seeds[rank()::n], []
+    n = world_size()
+    is_latent = facts.get("latents")
+    os.makedirs(args.out, exist_ok=True)
+    seeds = args.seeds[rank()::n]
+    shown = []
     total = math.ceil(len(seeds) / args.batch) * options["steps"]
     with tqdm(total=total, unit=" steps", disable=rank() > 0) as bar:
-        todo = iter(seeds)
-        for x in generate(net, path, facts["shape"], seeds, args.device, args.batch,
+        remaining = iter(seeds)
+        for x in generate(net, schedule, facts["shape"], seeds, args.device, args.batch,
                           watch=lambda *_: bar.update(), **options):
             images = to_uint8(x).cpu()
-            for image, state, seed in zip(images, x, todo):
-                if len(image) in (1, 3) and not latents:
-                    save_image(image, f"{out}/{seed:06d}.png")
+            for image, state, seed in zip(images, x, remaining):
+                if len(image) in (1, 3) and not is_latent:
+                    save_image(image, f"{args.out}/{seed:06d}.png")
                 else:
-                    np.save(f"{out}/{seed:06d}.npy", state.float().cpu().numpy())
+                    np.save(f"{args.out}/{seed:06d}.npy", state.float().cpu().numpy())
             shown += images[:math.ceil(256 / n) - len(shown)]
-    parts = [shown] * n
+    if not is_latent:
+        save_first(shown, min(256, len(args.seeds)), f"{args.out}-grid.png")
+
+
+def save_first(shown, count: int, filename: str) -> None:
+    """A grid of the first images of all processes, whose seeds take turns."""
+    n = world_size()
+    by_process = [shown] * n
     if n > 1:
-        dist.all_gather_object(parts, shown)
-    if rank() == 0 and not latents:
-        images = [parts[i % n][i // n] for i in range(min(256, len(args.seeds)))]
-        save_grid(torch.stack(images), f"{out}-grid.png")
+        dist.all_gather_object(by_process, shown)
+    if rank() == 0:
+        images = [by_process[i % n][i // n] for i in range(count)]
+        save_grid(torch.stack(images), filename)
 
 
 if __name__ == "__main__":
