@@ -1,0 +1,186 @@
+"""Checkpoints: saved whole or not at all, read without running anything that they hold.
+
+    net, checkpoint = load_model("run/ema.pt")
+
+A checkpoint holds plain tensors and plain types. A model (ema.pt) has "weights"; a state (state.pt)
+has what a run resumes from: "net", "ema" and "optimizer". Both have "config" (what the network is
+built from), "data" (facts of the images), "options" (of train.py) and "seen" (images).
+"""
+import copy
+import io
+import math
+import os
+import zipfile
+
+import torch
+
+from model import Denoiser, build
+from util.cli import UserError, reason, warn
+from util.files import atomic_write, or_a_warning, refuse_special
+
+RENAMED = {"path": "schedule", "colour": "mean_color", "levels": "sampling_levels",
+           "trained": "training_range"}         # names in files of before December 2026
+
+
+def save_checkpoint(filename: str, checkpoint: dict) -> bool:
+    """True when saved. Where the disk does not take it: False, a warning, and an old file stays."""
+    with or_a_warning(filename):
+        buffer = io.BytesIO()                                   # torch.save hides a file's OSError
+        torch.save(checkpoint, buffer)
+        with atomic_write(filename) as f:
+            f.write(buffer.getbuffer())
+        return True
+    return False
+
+
+def read_checkpoint(filename: str) -> dict:
+    """A file of torch.save with plain tensors and types only -> dict. Raises UserError."""
+    refuse_special(filename)
+    try:
+        with zipfile.ZipFile(filename) as z:                    # torch.save does not compress, so
+            unpacked = sum(info.file_size for info in z.infolist())
+        if unpacked > os.path.getsize(filename):                # this would be a decompression bomb
+            raise ValueError
+        checkpoint = dict(torch.load(filename, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        raise UserError(f"{filename} does not exist: train a model with train.py first") from None
+    except Exception:                                           # zip, pickle and torch differ
+        raise UserError(f"{filename} is not a checkpoint of this project, or it is damaged") \
+            from None
+    with_todays_names(checkpoint)
+    return checkpoint
+
+
+def with_todays_names(checkpoint: dict) -> None:
+    """Renames, in place, what older versions of train.py have named otherwise."""
+    for part in ("config", "options"):
+        names = checkpoint.get(part)
+        if isinstance(names, dict):
+            for old, new in RENAMED.items():
+                if old in names:
+                    names[new] = names.pop(old)
+    config = checkpoint.get("config")
+    if isinstance(config, dict) and isinstance(config.get("answers"), str):
+        kind, _, method = config.pop("answers").partition(", ")
+        config["denoiser"] = kind
+        config["precondition"] = method.replace(".answers", ".precondition")
+
+
+def load_model(filename: str, device="cpu", precision: str = "fp32", compiled: bool = False,
+               net: Denoiser | None = None):
+    """A checkpoint of train.py -> its Denoiser in eval mode, without gradients, and the rest of the
+    checkpoint: config, data, options, seen. Raises UserError.
+
+    net: for a network of your own, a Denoiser like the one that was trained. It is filled.
+    precision: "fp32" or "bf16".
+    """
+    checkpoint = read_checkpoint(filename)
+    if "net" in checkpoint:
+        raise UserError(f"{filename} is what a run resumes from: take the ema.pt beside it")
+    try:
+        weights = checkpoint.pop("weights")
+        check_weights(weights)
+        net = fill(net, checkpoint, weights)
+    except Exception as e:                                      # the file may hold anything
+        raise UserError(f"{filename} is not a model of this project, or its weights do not fit its "
+                        f"network: {reason(e)}") from None
+    net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    if precision == "bf16":
+        net.forward = torch.autocast(torch.device(device).type, torch.bfloat16)(net.forward)
+    if compiled:
+        compile_or_warn(net.unet, asked=True)
+    return net, checkpoint
+
+
+def fill(net: Denoiser | None, checkpoint: dict, weights: dict) -> Denoiser:
+    """The network of a checkpoint with its weights: net, or the one that the config builds."""
+    config = checkpoint["config"]
+    if config["unet"] is None and net is None:
+        raise UserError("it is of a network of your own: give load_model its Denoiser as net")
+    if net is not None and not isinstance(net, Denoiser):
+        raise UserError(f"net must be a Denoiser, not {type(net).__name__}")
+    if net is None:
+        with torch.device("meta"):          # allocates nothing before the shapes are known to fit
+            net = build(config)
+        _, h, w = checkpoint["data"]["shape"]
+        net.unet.check(h, w)
+    precondition = net.precondition.__qualname__
+    if config.get("precondition", precondition) != precondition:                # old ones lack it
+        raise UserError(f"it is of another kind, {config['precondition']}")
+    net.load_state_dict(weights, assign=True)
+    net.sigma_data = config["sigma_data"]
+    return net
+
+
+def check_weights(weights: dict) -> None:
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise UserError(f"its weights are not finite ({name})")
+
+
+def start_from(net: Denoiser, filename: str, classes=()) -> None:
+    """Puts the weights of a checkpoint into a new Denoiser, to train it further. Raises UserError.
+
+    Both are of this project's network. Layers for ratios, augmentation and classes that the old one
+    lacks start at zero. classes: their names; each starts as the old class of its name, else as the
+    mean of all.
+    """
+    old, checkpoint = load_model(filename)
+    if old.precondition.__qualname__ != net.precondition.__qualname__ \
+            or old.sigma_data != net.sigma_data:
+        raise UserError(f"{filename} does not fit this network: its --param or sigma_data differs")
+    weights = old.state_dict()
+    for name, value in net.state_dict().items():
+        if "unet.from_" in name and name not in weights:
+            weights[name] = torch.zeros_like(value)
+    if old.classes and net.classes:
+        label = "unet.from_label.weight"                        # [embedding, classes]
+        known = dict(zip(checkpoint["data"]["classes"], weights[label].T))
+        columns = [known.get(name, weights[label].mean(1)) for name in classes]
+        # the one-hot label is multiplied by sqrt(classes)
+        weights[label] = torch.stack(columns, 1) * math.sqrt(old.classes / net.classes)
+    if net.unet.from_augment is None:                           # it adds 0 to other images
+        weights.pop("unet.from_augment.weight", None)
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as e:
+        raise UserError(f"{filename} does not fit this network: {reason(e)}") from None
+
+
+def try_out(net: Denoiser, x: torch.Tensor, alpha, sigma, augmented: bool) -> None:
+    """Images x [B, C, H, W] through a copy of a network of one's own, forward and back, so that a
+    mistake is one line before a run writes anything. Raises UserError."""
+    augment = None
+    if augmented:
+        augment = x.new_zeros(len(x), 9)
+    label = None
+    if net.classes:
+        label = x.new_full((len(x),), net.classes - 1, dtype=torch.long)
+    try:
+        trial = copy.deepcopy(net).to(x.device).eval()
+        d, r = trial(x, alpha, sigma, augment, label)
+        x0_hat = d + r
+        if not x0_hat.requires_grad or not x0_hat.isfinite().all():
+            raise UserError("its output has no gradient, or is not finite")
+        x0_hat.sum().backward()
+    except Exception as e:                                      # the network is the user's
+        message = " ".join(str(e).split())[:200]
+        raise UserError(f"the network fails on x of {list(x.shape)}, called as unet(x, c_noise, "
+                        f"augment, label): {message}") from None
+
+
+def compile_or_warn(module: torch.nn.Module, asked: bool) -> None:
+    """torch.compile(module) in place, where one line compiles here. Else a warning and the module
+    as it is, or UserError where the user has asked for it."""
+    device = next(module.parameters()).device
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as e:                  # the class depends on torch and on its disk cache
+        failed = f"torch.compile does not work here ({reason(e)}): install a C++ compiler"
+        if device.type == "cuda":
+            failed += " and Triton"
+        if asked:
+            raise UserError(f"{failed}, or leave --compile out") from None
+        warn(f"not compiled, so slower: {failed}")
+    else:
+        module.compile()                                        # weights keep their names
