@@ -54,7 +54,7 @@ class Images:
         digest.update(self.labels.contiguous().numpy())
         mean = total / (n * h * w)
         variance = (squares / (n * h * w) - mean ** 2).clamp(min=0)
-        # The last digits of float64 differ between machines.
+        # Rounded, for the last digits of float64 differ between machines.
         return {"name": self.name, "count": n, "shape": [c, h, w], "classes": self.classes,
                 "latents": self.latents, "digest": digest.hexdigest()[:16],
                 "mean": [round(v, 9) for v in mean.tolist()],
@@ -112,11 +112,11 @@ def shuffled(start: int, count: int, n: int, seed: int) -> torch.Tensor:
     place = torch.arange(start, start + count)
     first_epoch = start // n
     last_epoch = (start + count - 1) // n
-    parts = []
+    pieces = []
     for e in range(first_epoch, last_epoch + 1):
         in_epoch = place // n == e
-        parts.append(epoch(e, n, seed)[place[in_epoch] % n])
-    return torch.cat(parts)
+        pieces.append(epoch(e, n, seed)[place[in_epoch] % n])
+    return torch.cat(pieces)
 
 
 @lru_cache(maxsize=2)                           # a batch may lie in two

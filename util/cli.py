@@ -17,7 +17,7 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that answers a mistake with one line and exit code 2."""
+    """An argparse parser that ends the program with one line and exit code 2 at a mistake."""
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         """As argparse does, and refuses an empty string: as a path it would be the root."""

@@ -178,8 +178,8 @@ def read(path: Path, files: dict, array: str, resolution: int | None) -> dict:
     images, facts = decode_all(source.entries, resolution)
     messages = list(source.messages)
     if images is None:
-        parts = [f"{path} contains no image that can be read", *messages, GIVE]
-        raise UserError("; ".join(parts))
+        sentences = [f"{path} contains no image that can be read", *messages, GIVE]
+        raise UserError("; ".join(sentences))
     skipped = len(source.entries) - len(images)
     if skipped:
         messages.append(f"{skipped} of {len(source.entries)} images skipped")
