@@ -4,77 +4,75 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from degrade import (AnyBNR, BlurringPath, ColdPath, ConstantBNR, Path, blur, check_path, dct2,
-                     degrade, expand_level, frequencies, idct2, levels_of, make_path)
-from util import UserError
+from degrade import (AnyBNR, BlurringSchedule, ColdSchedule, ConstantBNR, Schedule, blur,
+                     check_schedule, dct2, degrade, frequencies, idct2, level_to_t, make_schedule)
+from exact import m_of, normals
+from util.cli import UserError
 
-KINDS = [(torch.float32, 3e-6), (torch.float64, 1e-13)]
-
-
-def image(dtype=torch.float64, h=12, w=20, b=2):
-    return torch.randn(b, 3, h, w, dtype=dtype, generator=torch.Generator().manual_seed(0))
+TOLERANCES = [(torch.float32, 3e-6), (torch.float64, 1e-13)]
 
 
-@pytest.mark.parametrize("dtype, tolerance", KINDS)
-def test_dct2_is_the_double_sum(dtype, tolerance):
-    h, w = 5, 7
-    x = image(dtype, h, w)
+def close(a, b, tolerance):
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+# The DCT and blur
+
+
+def waves(n):
+    """The orthonormal DCT-II from its definition: row k is sqrt(2 / n) cos(pi k (2 i + 1) / 2 n),
+    but 1 / sqrt(n) for k = 0."""
+    matrix = torch.zeros(n, n, dtype=torch.float64)
+    for k in range(n):
+        for i in range(n):
+            matrix[k, i] = math.sqrt(2 / n) * math.cos(math.pi * k * (2 * i + 1) / (2 * n))
+    matrix[0] = math.sqrt(1 / n)
+    return matrix
+
+
+@pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
+def test_dct2_is_the_double_sum_and_idct2_its_inverse(dtype, tolerance):
+    x = normals(2, 3, 5, 7).to(dtype)
     u = dct2(x)
-    assert u.dtype == dtype
-    for k in range(h):
-        for l in range(w):
-            scale = math.sqrt((1 if k == 0 else 2) / h) * math.sqrt((1 if l == 0 else 2) / w)
-            wave = [[math.cos(math.pi * k * (2 * i + 1) / (2 * h))
-                     * math.cos(math.pi * l * (2 * j + 1) / (2 * w)) for j in range(w)]
-                    for i in range(h)]
-            direct = (x.double() * torch.tensor(wave, dtype=torch.float64)).sum((-2, -1))
-            torch.testing.assert_close(u[..., k, l].double(), scale * direct, rtol=0,
-                                       atol=tolerance)
-    torch.testing.assert_close(idct2(u), x, rtol=0, atol=tolerance)
+    direct = torch.einsum("ki,lj,bcij->bckl", waves(5), waves(7), x.double())
+    close(u, direct.to(dtype), tolerance)
+    close(idct2(u), x, tolerance)
 
 
 def test_frequencies_are_the_eigenvalues_of_the_laplacian_for_smooth_waves():
-    h, w, i, j = 512, 256, 3, 2
-    u = torch.zeros(h, w, dtype=torch.float64)
-    u[i, j] = 1
+    u = torch.zeros(512, 256, dtype=torch.float64)
+    u[3, 2] = 1
     x = idct2(u)
-    laplacian = -(x.roll(1, 0) + x.roll(-1, 0) + x.roll(1, 1) + x.roll(-1, 1) - 4 * x)[1:-1, 1:-1]
-    expected = frequencies(h, w)[i, j] * x[1:-1, 1:-1]
+    neighbors = x.roll(1, 0) + x.roll(-1, 0) + x.roll(1, 1) + x.roll(-1, 1)
+    laplacian = (4 * x - neighbors)[1:-1, 1:-1]
+    expected = frequencies(512, 256)[3, 2] * x[1:-1, 1:-1]
     torch.testing.assert_close(laplacian, expected, rtol=1e-3, atol=1e-9)
 
 
-@pytest.mark.parametrize("dtype, tolerance", KINDS)
+@pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_blur_is_exact(dtype, tolerance, autocast):
-    x = image(dtype)
+def test_blur_is_the_identity_at_0_adds_in_squares_and_leaves_the_mean(dtype, tolerance, autocast):
+    x = normals(2, 3, 12, 20).to(dtype)
+    mean = x.mean((2, 3), keepdim=True).expand_as(x)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        torch.testing.assert_close(blur(x, 0), x, rtol=0, atol=tolerance)
-        torch.testing.assert_close(blur(blur(x, 1.2), 0.9), blur(x, 1.5), rtol=0, atol=tolerance)
-        torch.testing.assert_close(blur(x, 3.).mean((2, 3)), x.mean((2, 3)), rtol=0, atol=tolerance)
-        mean = x.mean((2, 3), keepdim=True).expand_as(x)
-        for far in (1e3, math.inf):
-            torch.testing.assert_close(blur(x, far), mean, rtol=0, atol=tolerance)
-        assert blur(x, 1.).dtype == dtype
+        close(blur(x, 0), x, tolerance)
+        close(blur(blur(x, 1.2), 0.9), blur(x, 1.5), tolerance)
+        close(blur(x, 3.).mean((2, 3)), x.mean((2, 3)), tolerance)
+        close(blur(x, 1e3), mean, tolerance)
+        close(blur(x, math.inf), mean, tolerance)
+        assert blur(x.bfloat16(), 1.).dtype == torch.float32
 
 
 def test_blur_is_a_gaussian_of_alpha_pixels_with_reflecting_borders():
-    x, alpha = image(h=24, w=32), 2.
+    x = normals(2, 3, 24, 32)
+    alpha = 2.
     k = torch.arange(-16, 17, dtype=torch.float64)
     kernel = torch.exp(-k ** 2 / (2 * alpha ** 2)) / (alpha * math.sqrt(2 * math.pi))
     # the half-sample reflection of a DCT-II
     wide = torch.cat([x[..., :16].flip(-1), x, x[..., -16:].flip(-1)], -1)
     tall = torch.cat([wide[..., :16, :].flip(-2), wide, wide[..., -16:, :].flip(-2)], -2)
     direct = F.conv2d(tall.flatten(0, 1)[:, None], (kernel[:, None] * kernel)[None, None])
-    direct = direct.reshape(x.shape)
-    torch.testing.assert_close(blur(x, alpha), direct, rtol=0, atol=1e-8)
-
-
-def test_blur_never_drops_below_float32():
-    assert blur(image().bfloat16(), 1.).dtype == torch.float32
-    x = image(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        low = blur(x, 1.)
-    assert torch.equal(low, blur(x, 1.))
+    close(blur(x, alpha), direct.reshape(x.shape), 1e-8)
 
 
 def test_a_blur_made_in_inference_mode_can_be_trained_through_later():
@@ -82,84 +80,81 @@ def test_a_blur_made_in_inference_mode_can_be_trained_through_later():
         blur(torch.zeros(1, 1, 9, 11), 1.)
     x = torch.randn(1, 1, 9, 11, requires_grad=True)
     blur(x, 1.).sum().backward()
-    torch.testing.assert_close(x.grad, torch.ones_like(x))      # the mean is kept
+    torch.testing.assert_close(x.grad, torch.ones_like(x))      # blur does not change the sum
 
 
 @pytest.mark.parametrize("bnr", [0, 0.5, 2])
-def test_degrade_is_equation_1(bnr):
-    x0, noise = image(), torch.randn(2, 3, 12, 20, dtype=torch.float64)
-    for t in (0.3, torch.tensor(0.3), torch.tensor([0.3, 4.])):
-        x, blurry = degrade(x0, *ConstantBNR(bnr).levels(t), noise)
-        for i, level in enumerate(torch.as_tensor(t, dtype=torch.float64).expand(2).tolist()):
-            m = torch.exp(-frequencies(12, 20) * (bnr * level) ** 2 / 2)
-            # to the rounding of float32 levels
-            torch.testing.assert_close(dct2(blurry[i]), m * dct2(x0[i]), rtol=0, atol=1e-6)
-            torch.testing.assert_close(x[i] - blurry[i], level * noise[i], rtol=0, atol=1e-6)
-    t = torch.tensor([0.3, 4.], dtype=torch.float64)
-    assert degrade(x0.float(), bnr * t, t, noise.float())[0].dtype == torch.float32
+@pytest.mark.parametrize("t", [0.3, torch.tensor(0.3), torch.tensor([0.3, 4.])])
+def test_degrade_is_equation_1(bnr, t):
+    x0 = normals(2, 3, 12, 20)
+    noise = normals(2, 3, 12, 20, seed=1)
+    x, blurry = degrade(x0, *ConstantBNR(bnr).levels(t), noise)
+    levels = torch.as_tensor(t, dtype=torch.float64).expand(2)
+    close(dct2(blurry), m_of(bnr * levels, 12, 20) * dct2(x0), 1e-13)
+    close(x - blurry, levels[:, None, None, None] * noise, 1e-13)
 
 
-def test_paths():
-    assert ConstantBNR(0.5).levels(4.) == (2., 4.)
-    assert ConstantBNR(0).levels(4.) == (0., 4.)
-    assert ColdPath().levels(4.) == (4., 0.)
+# Schedules
+
+
+def test_the_levels_of_each_schedule():
     t = torch.tensor([0., 4.])
-    assert [v.tolist() for v in ColdPath().levels(t)] == [[0., 4.], [0., 0.]]
-    x0 = image()
-    assert torch.equal(degrade(x0, *ColdPath().levels(2.), torch.randn_like(x0))[0], blur(x0, 2.))
-    for bad in (-1, math.nan, math.inf):
-        with pytest.raises(UserError, match="BNR"):
-            ConstantBNR(bad)
-    for path in (ConstantBNR(2), BlurringPath()):
-        assert path.t_range(12, 20) == (0.002, 80)
-    assert ColdPath().t_range(12, 20) == (0.1, 20)
+    for schedule, alpha, sigma in ((ConstantBNR(0.5), [0, 2], [0, 4]), (AnyBNR(), [0, 2], [0, 4]),
+                                   (ConstantBNR(0), [0, 0], [0, 4]),
+                                   (ColdSchedule(), [0, 4], [0, 0])):
+        levels = schedule.levels(t)
+        assert [v.tolist() for v in levels] == [alpha, sigma]
+        assert [v.dtype for v in levels] == [torch.float64] * 2
+        assert [v.item() for v in schedule.levels(4.)] == [alpha[1], sigma[1]]
+        assert torch.equal(level_to_t(*levels), t)
+    assert ConstantBNR(2).sigma_range(12, 20) == (0.002, 80)
+    assert ColdSchedule().sigma_range(12, 20) == (0.1, 20)
 
 
-def test_the_blurring_path_is_hoogeboom_and_salimans_schedule():
-    # their time: signal cos, noise sin, blur 20 sin^2, all of pi u / 2
-    u = math.pi / 2 * torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
-    alpha, sigma = BlurringPath().levels(torch.tan(u))
-    torch.testing.assert_close(alpha, 20 * torch.sin(u) ** 2)
-    torch.testing.assert_close(sigma, torch.sin(u) / torch.cos(u))
+def test_the_blurring_schedule_is_hoogeboom_and_salimans():
+    # their time u: signal cos, noise sin, blur 20 sin^2, all of pi u / 2
+    angle = math.pi / 2 * torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
+    alpha, sigma = BlurringSchedule().levels(torch.tan(angle))
+    torch.testing.assert_close(alpha, 20 * torch.sin(angle) ** 2)
+    torch.testing.assert_close(sigma, torch.sin(angle) / torch.cos(angle))
     ratio = alpha / sigma
     assert ratio.max().item() == pytest.approx(10)
     assert sigma[ratio.argmax()].item() == pytest.approx(1)
 
 
-def test_make_path():
-    assert make_path(0.5).bnr == 0.5 and isinstance(make_path(math.inf), ColdPath)
-    assert isinstance(make_path("any"), AnyBNR)
-    assert isinstance(make_path(0.5, "blurring"), BlurringPath)
-    for bad in (("0.5", None), (-1, None), (math.nan, None), (0.5, "circle")):
-        with pytest.raises(UserError):
-            make_path(*bad)
+def test_a_schedule_is_made_from_what_a_checkpoint_or_a_command_line_says():
+    assert make_schedule(0.5).bnr == 0.5
+    assert type(make_schedule(math.inf)) is ColdSchedule
+    assert type(make_schedule("any")) is AnyBNR
+    assert type(make_schedule(0.5, "blurring")) is BlurringSchedule
+    for bnr in ("0.5", -1, math.nan, -math.inf):
+        with pytest.raises(UserError, match="BNR must be a number from 0"):
+            make_schedule(bnr)
+    with pytest.raises(UserError, match="'circle' is not one of this project"):
+        make_schedule(0.5, "circle")
 
 
-def test_training_levels_are_log_normal():
-    torch.manual_seed(0)
-    for path in (ConstantBNR(0.5), BlurringPath(), AnyBNR()):
-        alpha, sigma = path.training_levels(100_000, 1, 1)
-        z = sigma.log()
-        assert z.mean().item() == pytest.approx(-1.2, abs=0.02)
-        assert z.std().item() == pytest.approx(1.2, abs=0.02)
-        if not isinstance(path, AnyBNR):
-            assert torch.equal(alpha, path.levels(sigma)[0])
-
-
-def test_the_law_of_training_levels_has_one_home():
+def test_training_noise_is_log_normal():
     class Wide(ConstantBNR):
-        P_mean, P_std = 0., 2.
+        P_mean = 0.
+        P_std = 2.
     torch.manual_seed(0)
-    z = Wide(1).training_levels(100_000, 1, 1)[1].log()
-    assert (z.mean().item(), z.std().item()) == pytest.approx((0, 2), abs=0.03)
+    for schedule, mean, std in ((ConstantBNR(0.5), -1.2, 1.2), (BlurringSchedule(), -1.2, 1.2),
+                                (AnyBNR(), -1.2, 1.2), (Wide(1), 0, 2)):
+        alpha, sigma = schedule.training_levels(100_000, 1, 1)
+        ln_sigma = sigma.log()
+        assert ln_sigma.mean().item() == pytest.approx(mean, abs=0.03)
+        assert ln_sigma.std().item() == pytest.approx(std, abs=0.03)
+        if type(schedule) is not AnyBNR:
+            torch.testing.assert_close(alpha, schedule.levels(sigma)[0].float())
 
 
-def test_cold_levels_are_uniform_in_their_logarithm():
+def test_cold_training_levels_are_uniform_in_their_logarithm():
     torch.manual_seed(0)
-    alpha, sigma = ColdPath().training_levels(100_000, 1, 4)
-    z, low, high = alpha.log(), math.log(0.1), math.log(4)
-    assert low <= z.min() < low + 0.01 and high - 0.01 < z.max() <= high
-    assert z.mean().item() == pytest.approx((low + high) / 2, abs=0.02) and not sigma.any()
+    alpha, sigma = ColdSchedule().training_levels(100_000, 1, 4)
+    share = (alpha / 0.1).log() / math.log(4 / 0.1)             # from 0 to 1
+    assert torch.histc(share, 10, 0, 1).div(100_000).tolist() == pytest.approx([0.1] * 10, abs=0.01)
+    assert not sigma.any()
 
 
 def test_any_draws_a_ratio_for_each_image():
@@ -169,80 +164,74 @@ def test_any_draws_a_ratio_for_each_image():
     ratio = (alpha / sigma).double()
     assert (ratio == 0).double().mean().item() == pytest.approx(0.25, abs=0.01)
     z = ratio[ratio > 0].log10()
-    assert -1 - 1e-5 <= z.min() < -0.99 and 0.99 < z.max() <= 1 + 1e-5
-    assert z.mean().item() == pytest.approx(0, abs=0.01)
-    assert z.std().item() == pytest.approx(2 / math.sqrt(12), abs=0.01)
-    together = torch.stack([ratio.clamp(max=1), sigma.log().double()])
-    assert torch.corrcoef(together)[0, 1].abs() < 0.02
+    assert z.abs().max() <= 1 + 1e-5
+    assert torch.histc(z, 10, -1, 1).div(len(z)).tolist() == pytest.approx([0.1] * 10, abs=0.01)
+    ratio_and_noise = torch.stack([ratio.clamp(max=1), sigma.log().double()])
+    assert torch.corrcoef(ratio_and_noise)[0, 1].abs() < 0.02
 
 
-def test_a_path_of_ones_own_needs_levels_alone():
-    class Square(Path):
-        def levels(self, t):
-            return t ** 2, t
+# The contract of a schedule of one's own
+
+
+class Square(Schedule):
+    def alpha(self, sigma):
+        return sigma ** 2
+
+
+class NoBlur(Schedule):
+    def alpha(self, sigma):
+        return 0.
+
+
+def test_a_schedule_of_ones_own_needs_alpha_alone():
+    for schedule in (Square(), NoBlur(), ConstantBNR(10), BlurringSchedule(), ColdSchedule(),
+                     AnyBNR()):
+        check_schedule(schedule, 8, 12)
+    torch.manual_seed(0)
     alpha, sigma = Square().training_levels(10, 8, 8)
-    assert torch.equal(alpha, sigma ** 2) and Square().t_range(8, 8) == (0.002, 80)
-    with pytest.raises(NotImplementedError):
-        Path().levels(1.)
+    assert torch.equal(alpha, sigma ** 2)
+    alpha, sigma = NoBlur().levels(torch.tensor([1., 2.]))
+    assert alpha.tolist() == [0, 0] and sigma.tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("levels, t_range, words", [
-    (lambda t: (0.5 * t, t + 0.1), (0.002, 80), "at t = 0"),
-    (lambda t: (t / (1 + t ** 2), t), (0.002, 80), "must not fall"),
-    (lambda t: (t, t.sin()), (0.002, 80), "sigma must rise"),
-    (lambda t: (t, t.clamp(max=20)), (0.002, 80), "sigma must rise"),
-    (lambda t: (t, t / (t < 1)), (0.002, 80), "finite"),
-    (lambda t: (t, (t - 1).clamp(min=0)), (0.002, 80), "sigma must rise with t, or be 0"),
-    (lambda t: (0., 0.), (0.002, 80), "sigma must rise with t, or be 0"),
-    (lambda t: (0., math.tan(t)), (0.002, 80), "training_levels fails"),
-    (lambda t: t, (0.002, 80), "fails"),
-    (lambda t: (t, t), (80, 0.002), "t_range"),
-    (lambda t: (t, t), (0., 80), "t_range"),
-    (lambda t: (t, t), (0.002, math.inf), "t_range|finite")])
-def test_a_path_that_breaks_the_contract_is_one_line(levels, t_range, words):
-    class Mine(Path):
-        pass
-    Mine.levels, Mine.t_range = staticmethod(levels), lambda self, h, w: t_range
-    with pytest.raises(UserError, match=f"^the path Mine cannot be used: .*({words})") as e:
-        check_path(Mine(), 8, 8)
+@pytest.mark.parametrize("alpha, sigma_range, words", [
+    (lambda sigma: sigma + 0.1, (0.002, 80), r"no blur: alpha\(0\) = 0"),
+    (lambda sigma: sigma / (1 + sigma ** 2), (0.002, 80), "alpha must not fall"),
+    (lambda sigma: sigma / (sigma < 1), (0.002, 80), "alpha must be finite"),
+    (lambda sigma: math.sin(sigma), (0.002, 80), "fails"),
+    (lambda sigma: None, (0.002, 80), "fails"),
+    (lambda sigma: sigma, (80, 0.002), "sigma_range must rise"),
+    (lambda sigma: sigma, (0., 80), "sigma_range must rise"),
+    (lambda sigma: sigma, (0.002, math.inf), "sigma_range must rise")])
+def test_a_schedule_that_breaks_the_contract_is_one_line(alpha, sigma_range, words):
+    class Mine(Schedule):
+        def alpha(self, sigma):
+            return alpha(sigma)
+
+        def sigma_range(self, h, w):
+            return sigma_range
+    with pytest.raises(UserError, match=f"^the schedule Mine cannot be used: .*{words}") as e:
+        check_schedule(Mine(), 8, 8)
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("drawn", [
-    lambda n: (torch.rand(n), torch.randn(n)), lambda n: (torch.ones(n, 1), torch.ones(n, 1)),
-    lambda n: (torch.ones(n), torch.full((n,), math.nan)), lambda n: torch.ones(n),
-    lambda n: (torch.zeros(n), torch.zeros(n)), lambda n: (0.5, 1.), lambda n: None])
-def test_training_levels_that_break_the_contract_are_one_line(drawn):
-    class Mine(ConstantBNR):
+@pytest.mark.parametrize("levels", [
+    (torch.rand(1000), torch.full((1000,), -1.)), (torch.ones(1000, 1), torch.ones(1000, 1)),
+    (torch.ones(1000), torch.full((1000,), math.nan)), (torch.zeros(1000), torch.zeros(1000)),
+    (0.5, 1.), None])
+def test_training_levels_that_break_the_contract_are_one_line(levels):
+    class Mine(Square):
         def training_levels(self, n, h, w, device=None):
-            return drawn(n)
+            torch.rand(n)
+            return levels
     before = torch.random.get_rng_state()
-    with pytest.raises(UserError, match="^the path Mine cannot be used: .*training_levels") as e:
-        check_path(Mine(0.5), 8, 8)
-    assert "\n" not in str(e.value)
-    assert torch.equal(torch.random.get_rng_state(), before)
+    with pytest.raises(UserError, match="^the schedule Mine cannot be used: .*training_levels"):
+        check_schedule(Mine(), 8, 8)
+    assert torch.equal(torch.random.get_rng_state(), before)    # the check draws no one's numbers
 
 
-def test_a_class_in_the_place_of_a_path_is_one_line():
-    with pytest.raises(UserError, match=r"BlurringPath is a class: give a path, BlurringPath\(\)"):
-        check_path(BlurringPath, 8, 8)
-
-
-def test_paths_that_keep_the_contract_pass():
-    class Numbers(Path):                                        # what does not depend on t
-        def levels(self, t):
-            return 0., t
-    for path in (ConstantBNR(0), ConstantBNR(10), BlurringPath(), ColdPath(), AnyBNR(), Numbers()):
-        check_path(path, 8, 12)
-    alpha, sigma = Numbers().training_levels(5, 8, 8)
-    assert not alpha.any() and alpha.shape == sigma.shape == (5,)
-    alpha, sigma = levels_of(Numbers(), torch.tensor([1., 2.]))
-    assert alpha.tolist() == [0, 0] and alpha.dtype == sigma.dtype == torch.float64
-
-
-def test_a_level_takes_type_and_place_from_its_image_without_a_copy():
-    x = torch.zeros(2, 3, 4, 4)
-    level = expand_level(torch.tensor([1., 2.]), x)
-    assert level.shape == (2, 1, 1, 1) and level.dtype == torch.float32
-    assert expand_level(2, x, torch.float64).dtype == torch.float64
-    assert expand_level(2, x.to("meta")).device.type == "meta"
+def test_what_is_no_schedule_yet_is_one_line():
+    with pytest.raises(UserError, match=r"Square is a class: give a schedule, Square\(\)"):
+        check_schedule(Square, 8, 8)
+    with pytest.raises(UserError, match="the schedule Schedule cannot be used: .*NotImplemented"):
+        check_schedule(Schedule(), 8, 8)
