@@ -7,7 +7,7 @@ Below the equation: schedules, which say how much blur goes with how much noise,
 which blur is a product. The numbers in brackets are those of the README's list of equations.
 """
 import math
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import torch
 
@@ -218,8 +218,20 @@ def idct2(u: torch.Tensor) -> torch.Tensor:
     return (columns.T @ u.double() @ rows).to(torch.promote_types(u.dtype, torch.float32))
 
 
-@lru_cache(maxsize=None)
-@torch.inference_mode(False)                # a cached inference tensor would refuse training later
+def cache_tensors(function):
+    """A decorator: computes each tensor once, and lets every later call have it."""
+    # a cached inference tensor would refuse training later
+    cached = lru_cache(maxsize=None)(torch.inference_mode(False)(function))
+
+    @wraps(function)
+    def cached_unless_traced(*args):
+        if torch.compiler.is_compiling():       # a trace's tensors are no later call's
+            return function(*args)
+        return cached(*args)
+    return cached_unless_traced
+
+
+@cache_tensors
 def cosines(n: int, device=None) -> torch.Tensor:
     """The [n, n] float64 matrix of the orthonormal DCT-II; row k has frequency k."""
     k = torch.arange(n, dtype=torch.float64)[:, None]
@@ -229,8 +241,7 @@ def cosines(n: int, device=None) -> torch.Tensor:
     return c.to(device)
 
 
-@lru_cache(maxsize=None)
-@torch.inference_mode(False)
+@cache_tensors
 def frequencies(h: int, w: int, device=None) -> torch.Tensor:
     """lam[i, j] = pi^2 (i^2 / h^2 + j^2 / w^2), float64 [h, w]: the eigenvalues of the negative
     Laplacian at a pixel pitch of 1."""
@@ -241,7 +252,8 @@ def frequencies(h: int, w: int, device=None) -> torch.Tensor:
 
 def append_dims(level, x: torch.Tensor, dtype=None) -> torch.Tensor:
     """A level (number, 0-d or [B]) -> 0-d or [B, 1, 1, 1], on x's device, of dtype or else x's."""
-    level = torch.as_tensor(level, dtype=dtype or x.dtype, device=x.device)
+    level = torch.as_tensor(level, dtype=dtype or x.dtype)
+    level = level.to(x.device, non_blocking=True)               # else it synchronizes with the GPU
     if level.ndim == 0:
         return level
     return level.reshape(-1, 1, 1, 1)
