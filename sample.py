@@ -12,22 +12,23 @@ import argparse
 import math
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from degrade import (AnyBNR, Schedule, append_dims, attenuation, check_schedule, dct2, degrade,
                      idct2, make_schedule)
 from util.checkpoint import load_model
-from util.cli import Parser, UserError, add_device_option, number, say
+from util.cli import Parser, UserError, add_device_option, number, progress, say
 from util.distributed import join_processes, rank, world_size
 from util.images import normalize, read_image, save_grid, save_image, to_uint8
 
 STEPS = {"euler": 18, "heun": 18, "multistep": 12}              # by default
 THIRD_ORDER_FROM = 9                            # steps from which on multistep has order 3
+WRITERS = 4                                     # threads that save images beside the sampling
 
 
 @torch.no_grad()
@@ -78,7 +79,7 @@ def evaluate(net, schedule: Schedule, x: torch.Tensor, t):
     """D, R and n_hat = (x - D) / sigma, the slope in sigma of the flow, 0 where there is no noise:
     float64."""
     alpha, sigma = schedule.levels(t)
-    d, r = net(x, alpha.to(x.device), sigma.to(x.device))
+    d, r = net(x, alpha.to(x.device, non_blocking=True), sigma.to(x.device, non_blocking=True))
     d = d.double()
     r = r.double()
     sigma = append_dims(sigma, x)
@@ -120,7 +121,8 @@ def climb(x, t, schedule: Schedule, gamma: float, s_min: float, s_max: float, s_
     if not s_min <= t <= s_max:
         return x, t
     t_hat = t * (1 + gamma)
-    return churn_step(x, t, t_hat, schedule, s_noise * randn().to(x)), t_hat
+    noise = randn().to(x, non_blocking=True)
+    return churn_step(x, t, t_hat, schedule, s_noise * noise), t_hat
 
 
 def churn_step(x, t, t_hat, schedule: Schedule, noise):
@@ -305,8 +307,9 @@ def generate(net, schedule: Schedule, shape, seeds, device=None, batch: int = 64
         randn = seeded_randn(batch_seeds, shape)
         if classes:
             labels = [s % classes if label is None else label for s in batch_seeds]
-            heads = partial(net, label=torch.tensor(labels, device=device))
-        yield sample(heads, schedule, randn().to(device), randn=randn, **options)
+            heads = partial(net, label=torch.tensor(labels).to(device, non_blocking=True))
+        z = randn().to(device, non_blocking=True)
+        yield sample(heads, schedule, z, randn=randn, **options)
 
 
 def seeded_randn(seeds, shape):
@@ -352,7 +355,8 @@ def sampler_options(p: Parser) -> None:
     a("--s-min", type=number(float, 0), default=0., help="churn from this level (default 0)")
     a("--s-max", type=number(float, 0), default=math.inf, help="and up to this one (default inf)")
     a("--s-noise", type=number(float, 0, 10), default=1., help="EDM's S_noise (default 1)")
-    a("--precision", choices=["fp32", "bf16"], default="fp32", help="of the network (default fp32)")
+    a("--precision", choices=["fp32", "tf32", "bf16"], default="fp32",
+      help="of the network; tf32 and bf16 are faster on a GPU (default fp32)")
     a("--compile", action="store_true", help="torch.compile: slow to start, then faster on a GPU")
     a("--class", dest="label", help="of a class-conditional model: the name of one class")
     add_device_option(p)
@@ -417,9 +421,11 @@ def main():
     sampler_options(p)
     a("--init", help="start from this image, degraded to --level")
     a("--level", type=number(float, 0.01), help="level t of --init (default 1)")
-    a("--batch", type=number(int, 1), default=64, help="images at a time (default 64)")
+    a("--batch", type=number(int, 1), help="images at a time (default 64, on a GPU 256)")
     args = p.parse_args()
     args.out = os.path.abspath(args.out)                        # the grid is named after it
+    if args.batch is None:
+        args.batch = 256 if args.device == "cuda" else 64
     with p.one_line_errors():
         join_processes()
         net, checkpoint = load_model(args.ckpt, args.device, args.precision, args.compile)
@@ -448,26 +454,41 @@ def start_options(args, schedule: Schedule, facts: dict) -> dict:
 
 
 def draw_images(args, net, schedule: Schedule, facts: dict, options: dict) -> None:
-    """One file a seed in the folder --out, and a grid of the first 256; processes share them."""
+    """One file a seed in the folder --out, and a grid of the first 256; processes share them. A
+    batch is saved while the next one is computed."""
     n = world_size()
     is_latent = facts.get("latents")
     os.makedirs(args.out, exist_ok=True)
-    seeds = args.seeds[rank()::n]
+    seeds = list(args.seeds[rank()::n])
+    padding = []
+    if args.compile and len(seeds) > args.batch:                # a smaller batch compiles again
+        padding = seeds[-1:] * (-len(seeds) % args.batch)
+    names = (f"{args.out}/{seed:06d}" for seed in seeds)
     shown = []
     total = math.ceil(len(seeds) / args.batch) * options["steps"]
-    with tqdm(total=total, unit=" steps", disable=rank() > 0) as bar:
-        remaining = iter(seeds)
-        for x in generate(net, schedule, facts["shape"], seeds, args.device, args.batch,
+    written = ()
+    with progress(total=total, unit=" steps", disable=rank() > 0) as bar, \
+            ThreadPoolExecutor(WRITERS) as pool:
+        for x in generate(net, schedule, facts["shape"], seeds + padding, args.device, args.batch,
                           watch=lambda *_: bar.update(), **options):
             images = to_uint8(x).cpu()
-            for image, state, seed in zip(images, x, remaining):
-                if len(image) in (1, 3) and not is_latent:
-                    save_image(image, f"{args.out}/{seed:06d}.png")
-                else:
-                    np.save(f"{args.out}/{seed:06d}.npy", state.float().cpu().numpy())
+            list(written)                   # waits for the batch before, and raises its errors
+            if images.shape[1] in (1, 3) and not is_latent:
+                written = pool.map(save_as_png, images, names)
+            else:
+                written = pool.map(save_as_npy, x.float().cpu(), names)
             shown += images[:math.ceil(256 / n) - len(shown)]
+        list(written)
     if not is_latent:
         save_first(shown, min(256, len(args.seeds)), f"{args.out}-grid.png")
+
+
+def save_as_png(image: torch.Tensor, name: str) -> None:
+    save_image(image, f"{name}.png")
+
+
+def save_as_npy(state: torch.Tensor, name: str) -> None:
+    np.save(f"{name}.npy", state.numpy())
 
 
 def save_first(shown, count: int, filename: str) -> None:

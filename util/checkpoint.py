@@ -6,6 +6,7 @@ A checkpoint holds plain tensors and plain types. A model (ema.pt) has "weights"
 has what a run resumes from: "net", "ema" and "optimizer". Both have "config" (what the network is
 built from), "data" (facts of the images), "options" (of train.py) and "seen" (images).
 """
+import contextlib
 import copy
 import io
 import math
@@ -72,7 +73,7 @@ def load_model(filename: str, device="cpu", precision: str = "fp32", compiled: b
     checkpoint: config, data, options, seen. Raises UserError.
 
     net: for a network of your own, a Denoiser like the one that was trained. It is filled.
-    precision: "fp32" or "bf16".
+    precision: "fp32", "tf32" or "bf16"; the last two differ from it in speed and in rounding.
     """
     checkpoint = read_checkpoint(filename)
     if "net" in checkpoint:
@@ -87,9 +88,24 @@ def load_model(filename: str, device="cpu", precision: str = "fp32", compiled: b
     net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     if precision == "bf16":
         net.forward = torch.autocast(torch.device(device).type, torch.bfloat16)(net.forward)
+    if precision == "tf32":
+        net.forward = tf32()(net.forward)
     if compiled:
         compile_or_warn(net.unet, asked=True)
     return net, checkpoint
+
+
+@contextlib.contextmanager
+def tf32():
+    """A context, or a decorator, in which a GPU may use TF32 for products of float32."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    for backend in backends:
+        backend.allow_tf32 = True
+    try:
+        yield
+    finally:
+        for backend in backends:
+            backend.allow_tf32 = False
 
 
 def fill(net: Denoiser | None, checkpoint: dict, weights: dict) -> Denoiser:

@@ -19,12 +19,13 @@ def refuse_special(filename):
 
 
 @contextlib.contextmanager
-def atomic_write(filename, mode: str = "wb"):
+def atomic_write(filename, mode: str = "wb", flush: bool = True):
     """A context with a file to write in, which is flushed to disk and renamed to filename when
     it is complete: a reader finds the old file or the new one, never a part of one.
 
     Until then its name is its own, so that two programs may write the same file at once. Where
-    filename is a link, the link stays, and the file that it names is replaced.
+    filename is a link, the link stays, and the file that it names is replaced. flush: False for
+    what is quickly made again; a power failure may leave such a file empty.
     """
     refuse_special(filename)
     target = os.path.realpath(filename)
@@ -32,8 +33,9 @@ def atomic_write(filename, mode: str = "wb"):
     try:
         with open(part, mode) as f:
             yield f
-            f.flush()
-            os.fsync(f.fileno())
+            if flush:
+                f.flush()
+                os.fsync(f.fileno())
         os.replace(part, target)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -86,7 +86,7 @@ def save_image(pixels: torch.Tensor, filename):
     array = pixels.cpu().permute(1, 2, 0).numpy()                               # [H, W, C]
     if len(pixels) == 1:
         array = array[:, :, 0]                                                  # [H, W]
-    with atomic_write(filename) as f:
+    with atomic_write(filename, flush=False) as f:
         Image.fromarray(array).save(f, "png")
 
 
