@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data import Images, load
-from util.cli import Parser, UserError, add_device_option, number, reason, say, warn
+from util.cli import Parser, UserError, add_device_option, number, progress, reason, say, warn
 from util.files import atomic_write, or_a_warning, refuse_special
 from util.inception import WIDTH, load_inception
 
@@ -130,7 +129,7 @@ def compute_statistics(images: torch.Tensor, net, facts: dict, batch: int,
     be of one class."""
     order = np.random.RandomState(0).permutation(len(images))
     chosen = torch.from_numpy(np.sort(order[:num]))
-    indices = tqdm(chosen.split(batch), facts["source"], unit=" batches")
+    indices = progress(chosen.split(batch), facts["source"], unit=" batches")
     mu, sigma, n = mean_and_covariance((images[index] for index in indices), net)
     return {"mu": mu, "sigma": sigma, "num": n, **facts}
 

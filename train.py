@@ -22,15 +22,16 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from data import Images, augment, gather, load, seed_for, shuffled
 from degrade import Schedule, level_to_t
 from loss import disentangled_loss
 from model import PARAMETERIZATIONS, Denoiser
 from util.checkpoint import compile_or_warn, start_from
-from util.cli import Parser, UserError, add_device_option, number, say, warn
-from util.distributed import any_rank, join_processes, rank, signals_noted, world_size
+from util.cli import (Parser, UserError, add_device_option, is_out_of_memory, number, progress,
+                      say, warn)
+from util.distributed import (any_rank, join_processes, largest, one_after_another, rank,
+                              signals_noted, world_size)
 from util.images import normalize
 from util.run import (check_parts, describe, draw_grid, locked, make_config, make_network,
                       named_schedule, read_state, restore, save_snapshot, stored_options, trim_log,
@@ -110,6 +111,8 @@ def add_options(p: Parser) -> None:
       action=argparse.BooleanOptionalAction)
     a("--log-every", 50., "kimg between log lines", type=number(float, 0.001))
     a("--snapshot-every", 2500., "kimg between checkpoints and grids", type=number(float, 0, 1e9))
+    a("--snapshot-minutes", 0., "minutes between them, whichever comes first; 0: kimg alone",
+      type=number(float, 0))
     a("--keep-every", 0., "kimg between kept copies of ema.pt; 0: none", type=number(float, 0, 1e9))
     a("--sample-steps", 18, "Heun steps of sample.py on this model", type=number(int, 1, 1000))
 
@@ -200,7 +203,12 @@ def train(args, data: Images | None = None, schedule: Schedule | None = None,
             del state                                           # frees its tensors
         if signals is None:
             signals = []
-        return loop(args, run, data, schedule, net, ema, loss, optimizer, on_log, seen, signals)
+        try:
+            return loop(args, run, data, schedule, net, ema, loss, optimizer, on_log, seen, signals)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(f"out of memory: {advice_on_memory(args)}") from None
 
 
 def check_type(part, kind: type) -> None:
@@ -212,12 +220,18 @@ def check_type(part, kind: type) -> None:
 
 def load_in_turn(args) -> Images:
     """The data set. The first process fetches and decodes it for the others, which wait."""
-    if rank() > 0:
-        dist.barrier()
-    data = load(args.data, args.resolution or None)
-    if rank() == 0 and world_size() > 1:
-        dist.barrier()
-    return data
+    with one_after_another():
+        return load(args.data, args.resolution or None)
+
+
+def advice_on_memory(args) -> str:
+    """What to do where a step does not fit in memory: half of the images at a time, or the next
+    number below it that divides."""
+    share = args.batch // world_size()
+    smaller = [n for n in range(1, images_at_a_time(args) // 2 + 1) if share % n == 0]
+    if not smaller:
+        return "take a smaller --resolution or --channels"
+    return f"give --batch-gpu {smaller[-1]}"
 
 
 def loop(args, run: dict, data: Images, schedule: Schedule, net: Denoiser, ema: Denoiser, loss,
@@ -236,10 +250,12 @@ def loop(args, run: dict, data: Images, schedule: Schedule, net: Denoiser, ema: 
         write_options(args)
         trim_log(args.out, seen)
         describe(args, run, data, net, seen, bf16, images_at_a_time(args))
-    bar = tqdm(total=total, initial=seen, unit="img", unit_scale=True, disable=rank() > 0,
-               delay=0.1)                   # it writes nothing before the first step
+    bar = progress(total=total, initial=seen, unit="img", unit_scale=True, disable=rank() > 0,
+                   delay=0.1)               # it writes nothing before the first step
+    finite = FiniteCheck(net, optimizer, device)
     records = []
     since = time.time()
+    saved_at = since
     stopping = False
     while seen < total and not stopping:
         # learning rate: a linear warm-up, then constant
@@ -254,7 +270,7 @@ def loop(args, run: dict, data: Images, schedule: Schedule, net: Denoiser, ema: 
         records.append(record)
 
         # step
-        check_finite(net, record, seen // args.batch + 1)
+        finite.check(record, seen // args.batch + 1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seen += args.batch
@@ -267,9 +283,11 @@ def loop(args, run: dict, data: Images, schedule: Schedule, net: Denoiser, ema: 
         # log and checkpoint
         stopping = any_rank(signals)                            # asked once: a signal may come now
         last = seen >= total or stopping
-        snapshot = last or crossed(args, seen, args.snapshot_every, args.keep_every)
+        snapshot = last or crossed(args, seen, args.snapshot_every, args.keep_every) \
+            or minutes_over(args, saved_at)
         if not snapshot and not crossed(args, seen, args.log_every):
             continue
+        finite.read()
         line = log_line(args, seen, records, lr, since)
         bar.set_postfix({"denoise": line["denoise"], "deblur": line["deblur"]}, refresh=False)
         if rank() == 0:
@@ -283,6 +301,8 @@ def loop(args, run: dict, data: Images, schedule: Schedule, net: Denoiser, ema: 
                 draw_grid(args.out, run, schedule, ema, seen)
         records = []
         since = time.time()                                     # without the time of writing
+        if snapshot:
+            saved_at = since
     with contextlib.suppress(OSError):
         bar.close()
     if stopping and rank() == 0:
@@ -347,10 +367,62 @@ def backward(args, net, loss, batch: dict, seen: int, bf16: bool) -> torch.Tenso
     return torch.cat(records, 1)
 
 
-def check_finite(net, record: torch.Tensor, step: int) -> None:
-    """Raises UserError before the optimizer spoils the weights. Synchronizes with the GPU."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
-    if not (norm + record[1:].sum()).isfinite():
+class FiniteCheck:
+    """Raises UserError where a loss or gradient is not finite, before it spoils the weights.
+
+    On a CPU the first such step ends the run. On a GPU, looking at each step would synchronize
+    with it. So a fused optimizer skips such a step by a flag on the GPU (found_inf, as torch's
+    GradScaler does), the flag is read a step later, and the third such step in a row ends the run.
+    """
+
+    def __init__(self, net, optimizer, device: torch.device):
+        self.net = net
+        self.optimizer = optimizer
+        can_skip = getattr(optimizer, "_step_supports_amp_scaling", False)
+        self.deferred = can_skip and device.type != "cpu"
+        self.unread = None                      # the last step, its record and its flag
+        self.in_a_row = 0
+
+    def check(self, record: torch.Tensor, step: int) -> None:
+        """Before optimizer.step(). record: of backward()."""
+        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        is_bad = ~(norm + record[1:].sum()).isfinite()
+        if not self.deferred:
+            if is_bad:
+                self.stop(record, step)
+            return
+        self.read()
+        is_bad = is_bad.float()
+        if world_size() > 1:                    # gradients are equal by now, and losses are not
+            dist.all_reduce(is_bad, dist.ReduceOp.MAX)
+        self.optimizer.found_inf = is_bad
+        flag = is_bad.to("cpu", non_blocking=True)
+        copied = None
+        if is_bad.is_cuda:
+            copied = torch.cuda.Event()
+            copied.record()
+        self.unread = (step, record, flag, copied)
+
+    def read(self) -> None:
+        """Reads the flag of the last step, where there is one to read."""
+        if self.unread is None:
+            return
+        step, record, flag, copied = self.unread
+        self.unread = None
+        if copied is not None:
+            copied.synchronize()
+        if not flag:
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        if self.in_a_row == 3:
+            self.stop(record, step)
+        if rank() == 0:
+            warn(f"step {step} is skipped: its loss or gradient is not finite (the third such step "
+                 "in a row ends the run)")
+
+    def stop(self, record: torch.Tensor, step: int) -> None:
         raise UserError(f"the loss or its gradient is not finite at step {step}, before which the "
                         f"run stops: try a lower --lr, or --precision fp32. Losses by quartile of "
                         f"t: {by_level(record.cpu())}")
@@ -386,6 +458,14 @@ def crossed(args, seen: int, *intervals: float) -> bool:
     return False
 
 
+def minutes_over(args, saved_at: float) -> bool:
+    """Whether --snapshot-minutes have passed, in any process."""
+    if not args.snapshot_minutes:
+        return False
+    is_over = time.time() - saved_at >= 60 * args.snapshot_minutes
+    return bool(largest(int(is_over)))
+
+
 def log_line(args, seen: int, records: list, lr: float, since: float) -> dict:
     """Both loss terms of all processes since the last line, and how fast it went."""
     record = torch.cat(records, 1)                              # [3, images of this process]
@@ -393,9 +473,11 @@ def log_line(args, seen: int, records: list, lr: float, since: float) -> dict:
     if world_size() > 1:
         of_processes = [torch.empty_like(record) for _ in range(world_size())]
         dist.all_gather(of_processes, record)
+    record = torch.cat(of_processes, 1).cpu()
+    record = record[:, record.isfinite().all(0)]                # without those of skipped steps
     seconds = max(time.time() - since, 1e-3)                    # a clock may stand still
     line = {"kimg": seen / 1000, "step": seen // args.batch}
-    line.update(by_level(torch.cat(of_processes, 1).cpu()))
+    line.update(by_level(record))
     line["lr"] = lr
     line["images_per_s"] = round(args.batch * len(records) / seconds, 1)
     return line
@@ -407,10 +489,13 @@ def by_level(record: torch.Tensor) -> dict:
     quarters = [index.sort().values for index in t.argsort().tensor_split(4)]
     line = {}
     for name, losses in (("denoise", denoise), ("deblur", deblur)):
-        line[name] = round(losses.mean().item(), 5)
-        line[f"{name}_by_level"] = [round(losses[index].mean().item(), 5) if len(index) else None
-                                    for index in quarters]
+        line[name] = mean_or_none(losses)
+        line[f"{name}_by_level"] = [mean_or_none(losses[index]) for index in quarters]
     return line
+
+
+def mean_or_none(losses: torch.Tensor) -> float | None:
+    return round(losses.mean().item(), 5) if len(losses) else None
 
 
 if __name__ == "__main__":

@@ -82,6 +82,14 @@ def is_out_of_memory(error: Exception) -> bool:
     return any(words in str(error) for words in OUT_OF_MEMORY)
 
 
+def progress(*args, **options) -> tqdm:
+    """A progress bar, tqdm(...). Where stderr is no terminal, as in a batch system's log, it writes
+    every 30 seconds."""
+    if not sys.stderr.isatty():
+        options.setdefault("mininterval", 30)
+    return tqdm(*args, **options)
+
+
 def reason(error: Exception) -> str:
     """What an exception says, in one line of at most 200 characters."""
     if isinstance(error, (ArithmeticError, AttributeError, LookupError, TypeError)):

@@ -19,9 +19,8 @@ from pathlib import Path, PurePath, PurePosixPath
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-from util.cli import UserError, reason, warn
+from util.cli import UserError, progress, reason, warn
 from util.files import atomic_write, fetch, refuse_special
 from util.images import crop_and_resize, open_upright
 
@@ -229,7 +228,7 @@ def decode_all(entries: list, resolution: int | None) -> tuple[np.ndarray | None
     channels = 1
     with ThreadPoolExecutor() as pool:
         results = pool.map(partial(decode, resolution), entries)
-        for image in tqdm(results, "decoding", len(entries)):
+        for image in progress(results, "decoding", len(entries)):
             if image.pixels is None:
                 warn(f"skipped {image.name}: {reason(image.error)}")
                 continue
@@ -423,7 +422,7 @@ def folder_classes(names: list, tables: list) -> tuple[dict, str]:
     """The first folder in which the paths differ, whatever lies below it. tables: the names of
     the files whose labels are not read."""
     folders = {name: PurePosixPath(name).parts[:-1] for name in names}
-    depth = len(os.path.commonprefix(list(folders.values())))
+    depth = common_depth(list(folders.values()))
     classes = {}
     for name, folder in folders.items():
         if len(folder) > depth:
@@ -441,6 +440,18 @@ def folder_classes(names: list, tables: list) -> tuple[dict, str]:
     if reasons:
         return {}, ", and ".join(reasons)
     return classes, ""
+
+
+def common_depth(folders: list) -> int:
+    """The number of leading parts that all of these tuples share."""
+    first = min(folders, default=())
+    last = max(folders, default=())             # tuples between these two share as much
+    depth = 0
+    for a, b in zip(first, last):
+        if a != b:
+            break
+        depth += 1
+    return depth
 
 
 # Arrays

@@ -26,8 +26,9 @@ from util.files import atomic_write, or_a_warning
 from util.images import save_grid, to_uint8
 
 MAY_CHANGE_ON_RESUMING = {"out", "data", "preset", "duration", "lr", "batch_gpu", "device",
-                          "precision", "compile", "log_every", "snapshot_every", "keep_every",
-                          "sample_steps", "attention"}          # which the config has
+                          "precision", "compile", "log_every", "snapshot_every",
+                          "snapshot_minutes", "keep_every", "sample_steps",
+                          "attention"}                          # which the config has
 
 
 @contextlib.contextmanager
