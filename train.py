@@ -67,6 +67,8 @@ def options(argv=None) -> argparse.Namespace:
         p.error("--bnr and --schedule are two ways to choose a schedule: give one of them")
     if args.bnr is None:
         args.bnr = 0.5
+    if args.bnr == math.inf and (args.P_mean, args.P_std) != (-1.2, 1.2):
+        p.error("--P-mean and --P-std are of ln sigma, and --bnr inf has no noise")
     del args.resume
     return args
 
@@ -84,6 +86,8 @@ def add_options(p: Parser) -> None:
       choices=["blurring"])
     a("--param", "residual", "what the network predicts: residual, the blurry image and what blur "
       "removed; x0, the image; noise, the noise and what blur removed", choices=PARAMETERIZATIONS)
+    a("--P-mean", -1.2, "mean of ln sigma in training", type=number(float, -20, 20))
+    a("--P-std", 1.2, "its standard deviation", type=number(float, 0.001, 20))
     a("--cond", False, "class-conditional; a class is a folder of images", action="store_true")
     a("--preset", None, "recipe (default: cifar10 for cifar10, else tiny)", choices=PRESETS)
     a("--out", "run", "folder of checkpoints, log and grids; one that holds a run resumes it")
@@ -262,7 +266,6 @@ def loop(args, run: dict, data: Images, schedule: Schedule, net: Denoiser, ema: 
         warmth = min(1, (seen + args.batch) / max(args.warmup * 1000, 1))
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * warmth
-        lr = optimizer.param_groups[0]["lr"]
 
         # batch, loss and backward
         batch = draw_batch(args, schedule, data.images, data.labels, seen, device)
@@ -272,6 +275,7 @@ def loop(args, run: dict, data: Images, schedule: Schedule, net: Denoiser, ema: 
         # step
         finite.check(record, seen // args.batch + 1)
         optimizer.step()
+        lr = optimizer.param_groups[0]["lr"]                    # a step hook may have changed it
         optimizer.zero_grad(set_to_none=True)
         seen += args.batch
 

@@ -173,7 +173,10 @@ def named_schedule(args, schedule: Schedule | None):
     for a ratio."""
     if schedule is not None:
         return schedule, type(schedule).__name__
-    return make_schedule(args.bnr, args.schedule), args.schedule
+    schedule = make_schedule(args.bnr, args.schedule)
+    schedule.P_mean = args.P_mean
+    schedule.P_std = args.P_std
+    return schedule, args.schedule
 
 
 # Resuming
