@@ -1,12 +1,15 @@
-"""The sampler: from noise to images by deblurring and denoising together, equations (2) to (5).
+"""The sampler: from noise to images by deblurring and denoising together, equations (2) to (5)
+and (15).
 
     python sample.py --ckpt run/ema.pt --seeds 0-63                  # a PNG a seed in samples/
     python sample.py --ckpt run/ema.pt --solver multistep            # 12 evaluations instead of 35
     python sample.py --ckpt run/ema.pt --init cat.png --level 1      # your own, degraded and back
     python sample.py --ckpt any/ema.pt --bnr 0.3                     # a network of --bnr any
+    python sample.py --ckpt any/ema.pt --restore y.png --blur 1 --noise 0.1     # a degraded image
 
-`euler`, `heun` and `multistep` carry a state down a list of levels. `sample` chooses the start and
-the levels, `generate` gives each image its own seed. The command line comes last.
+`euler`, `heun`, `multistep` and `ancestral` carry a state down a list of levels. `sample` chooses
+the start and the levels, `generate` gives each image its own seed, and `encode` goes the other way.
+The command line comes last.
 """
 import argparse
 import math
@@ -19,14 +22,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from degrade import (AnyBNR, Schedule, append_dims, attenuation, check_schedule, dct2, degrade,
-                     idct2, make_schedule)
+from degrade import (AnyBNR, ColdSchedule, ConstantBNR, Schedule, append_dims, attenuation,
+                     check_schedule, dct2, degrade, idct2, make_schedule)
 from util.checkpoint import load_model
-from util.cli import Parser, UserError, add_device_option, number, progress, say
+from util.cli import Parser, UserError, add_device_option, number, progress, reason, say
 from util.distributed import join_processes, rank, world_size
+from util.files import refuse_special
 from util.images import normalize, read_image, save_grid, save_image, to_uint8
 
-STEPS = {"euler": 18, "heun": 18, "multistep": 12}              # by default
+STEPS = {"euler": 18, "heun": 18, "multistep": 12, "ancestral": 18}             # by default
 THIRD_ORDER_FROM = 9                            # steps from which on multistep has order 3
 WRITERS = 4                                     # threads that save images beside the sampling
 
@@ -214,41 +218,102 @@ def multistep_times(n: int, h: int, w: int, t_min: float = 0.002, t_max: float =
     return torch.cat([torch.full_like(t[:1], t_max), t[1:], torch.zeros_like(t[:1])])
 
 
+# Ancestral: the random process backwards. From a given x it draws from p(x0 | x)
+
+
+@torch.no_grad()
+def ancestral(net, schedule: Schedule, x: torch.Tensor, times, randn=None, watch=None):
+    """The same along the reverse of the random process (1) instead of the flow (2), which has the
+    same marginals: from one degraded image x, many images that it may have been.
+
+    One evaluation a step. randn: returns unit normals like x. In each step x0_hat is replaced by
+    what it will be half a step ahead, on the line in ln sigma through the last two. A last step to
+    0 returns the estimate itself. The schedule must have noise.
+    """
+    times = falling(times)
+    x = x.double()
+    if randn is None:
+        randn = partial(torch.randn_like, x)
+    before = None
+    for t, s in zip(times[:-1], times[1:]):
+        d, r, _ = evaluate(net, schedule, x, t)
+        if watch is not None:
+            watch(t.item(), x, d, r)
+        x0_hat = d + r
+        if s == 0:
+            return x0_hat
+        ahead = x0_hat
+        if before is not None:
+            x0_before, t_before = before
+            steps_ahead = (s / t).log() / (t / t_before).log() / 2
+            ahead = x0_hat + steps_ahead * (x0_hat - x0_before)
+        before = x0_hat, t
+        noise = randn().to(x, non_blocking=True)
+        x = ancestral_step(x, d, x0_hat, ahead, t, s, schedule, noise)
+    return x
+
+
+def ancestral_step(x, d, x0_hat, ahead, t, s, schedule: Schedule, noise):
+    """Equation (15), from level t to s: exactly as the random process goes backwards, if `ahead`
+    is x0. A step of zero length returns x whatever the two heads answer."""
+    alpha_t, sigma_t = schedule.levels(t)
+    alpha_s, sigma_s = schedule.levels(s)
+    less_blur = (alpha_t ** 2 - alpha_s ** 2).clamp(min=0).sqrt()
+    a = attenuation(less_blur, x)               # M_t / M_s: each of the two can underflow
+    ratio = (sigma_s / sigma_t) ** 2
+    kept = a ** 2 * ratio                       # of the noise's variance
+    e = dct2(d) - attenuation(alpha_t, x) * dct2(x0_hat)        # what the two heads disagree by
+    m_s = attenuation(alpha_s, x)
+    mean = (1 - kept) * m_s * dct2(ahead) + a * ratio * dct2(x) + (1 - ratio) * e
+    return idct2(mean + sigma_s * (1 - kept).sqrt() * dct2(noise))              # (15)
+
+
 # From noise to images
 
-SOLVERS = {"euler": euler, "heun": heun, "multistep": multistep}
+SOLVERS = {"euler": euler, "heun": heun, "multistep": multistep, "ancestral": ancestral}
 
 
 def sample(net, schedule: Schedule, z: torch.Tensor, steps: int | None = None, mean_color=None,
-           init=None, level: float | None = None, solver: str = "heun", churn: float = 0.,
-           s_min: float = 0., s_max: float = math.inf, s_noise: float = 1., randn=None, watch=None):
+           init=None, y=None, level: float | None = None, solver: str = "heun", churn: float = 0.,
+           s_min: float = 0., s_max: float = math.inf, s_noise: float = 1.,
+           sigma_min: float | None = None, sigma_max: float | None = None, randn=None, watch=None):
     """Unit normal z [B, C, H, W] -> images, float64, not clamped.
 
-    steps: 18, or 12 for multistep, which has time steps of its own. mean_color: where a schedule
-    without noise starts, {"mean": [C], "cov": [C][C]} of the images' mean colors. init [1, C, H,
-    W]: degraded to `level`, the start instead. churn: EDM's S_churn, for levels from s_min to
-    s_max, with fresh noise from randn(), unit normal like z, times s_noise. watch: see euler.
+    steps: 18, or 12 for multistep; multistep and ancestral have time steps of their own.
+    mean_color: where a schedule without noise starts, {"mean": [C], "cov": [C][C]} of the images'
+    mean colors. init [1, C, H, W]: degraded to `level`, the start instead. y [1, C, H, W]: an image
+    that is degraded already, the state at `level` itself. churn: EDM's S_churn, for levels from
+    s_min to s_max, times s_noise. sigma_min, sigma_max: instead of the ends of the schedule's
+    sigma_range. randn(): fresh noise for churn and ancestral, unit normal like z. watch: see euler.
     UserError for a schedule that breaks its contract, for an impossible start, for another solver,
-    and for multistep with churn or without noise.
+    and for multistep or ancestral with churn or without noise.
     """
     h, w = z.shape[-2:]
     check_schedule(schedule, h, w)
     if solver not in SOLVERS:
-        raise UserError(f"solver must be euler, heun or multistep, not {solver}")
+        raise UserError(f"solver must be euler, heun, multistep or ancestral, not {solver}")
     if steps is None:
         steps = STEPS[solver]
-    if type(steps) is not int or steps < 1 or (init is None) != (level is None):
-        raise UserError("steps must be an int of at least 1, and init and level go together")
+    starts = (init is not None) + (y is not None)
+    if type(steps) is not int or steps < 1 or starts > 1 or starts != (level is not None):
+        raise UserError("steps must be an int of at least 1, and init and level go together, "
+                        "or y and level")
     t_min, t_max = schedule.sigma_range(h, w)
-    if level is not None:
-        t_max = level
-    x = start(schedule, t_max, z, mean_color, init)
+    t_min = sigma_min or t_min
+    t_max = level or sigma_max or t_max
+    if not 0 < t_min < t_max < math.inf:
+        raise UserError(f"sampling must go down, not from level {t_max:g} to {t_min:g}")
+    x = start(schedule, t_max, z, mean_color, init, y)
 
-    if solver == "multistep":
+    if solver in ("multistep", "ancestral"):
         has_noise = schedule.levels(t_max)[1] > 0
         if churn or not has_noise:
-            raise UserError("multistep needs a schedule with noise and no churn: use heun or euler")
-        x = multistep(net, schedule, x, multistep_times(steps, h, w, t_min, t_max), watch)
+            raise UserError(f"{solver} needs a schedule with noise and no churn: use heun or euler")
+        times = multistep_times(steps, h, w, t_min, t_max)
+        if solver == "multistep":
+            x = multistep(net, schedule, x, times, watch)
+        else:
+            x = ancestral(net, schedule, x, times, randn, watch)
     else:
         climber = None
         if churn:
@@ -261,14 +326,19 @@ def sample(net, schedule: Schedule, z: torch.Tensor, steps: int | None = None, m
     return x
 
 
-def start(schedule: Schedule, t_max: float, z: torch.Tensor, mean_color=None, init=None):
+def start(schedule: Schedule, t_max: float, z: torch.Tensor, mean_color=None, init=None, y=None):
     """The state at level t_max, from unit normal z [B, C, H, W]. See sample."""
     alpha, sigma = schedule.levels(t_max)
     z = z.double()
+    shape = [1, *z.shape[1:]]
+    for name, image in (("init", init), ("y", y)):
+        if image is None:
+            continue
+        if list(image.shape) != shape or not image.is_floating_point() or image.max() > 99:
+            raise UserError(f"{name} must be float {shape}, in [-1, 1] before noise")
+    if y is not None:
+        return y.to(z).expand_as(z)
     if init is not None:
-        shape = [1, *z.shape[1:]]
-        if list(init.shape) != shape or not init.is_floating_point() or init.max() > 99:
-            raise UserError(f"init must be float {shape}, in [-1, 1]")
         x, _ = degrade(init.to(z), alpha, sigma, z)                             # (1)
         return x
     if sigma > 0:
@@ -286,6 +356,27 @@ def plain_image(z: torch.Tensor, mean, cov) -> torch.Tensor:
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T     # whatever signs eigh has chosen
     color = z.mean((2, 3)) * math.sqrt(z[0, 0].numel())         # [B, C], unit normal
     return (mean + color @ root)[:, :, None, None].expand_as(z)                 # [B, C, H, W]
+
+
+@torch.no_grad()
+def encode(net, schedule: Schedule, x0: torch.Tensor, steps: int = 18) -> torch.Tensor:
+    """The flow (2) upward, by Heun's method: images x0 [B, C, H, W] -> z, float64, of which
+    sample(net, schedule, z, steps) makes x0 again. The schedule must have noise. As time_steps, but
+    from 0 up: at the first step, to the lowest level, the heads see x0 itself there."""
+    t_min, t_max = schedule.sigma_range(*x0.shape[-2:])
+    _, sigma_max = schedule.levels(t_max)
+    if sigma_max == 0:
+        raise UserError("encode needs a schedule with noise")
+    times = time_steps(steps, t_min, t_max)[:-1].flip(0)
+    x0 = x0.double()
+    _, _, n_hat = evaluate(net, schedule, x0, times[0])
+    x = step(x0, x0, n_hat, 0., times[0], schedule)                             # (3)
+    for t, s in zip(times[:-1], times[1:]):
+        d, r, n_hat = evaluate(net, schedule, x, t)
+        x_s = step(x, d + r, n_hat, t, s, schedule)                             # (3)
+        d_s, r_s, n_hat_s = evaluate(net, schedule, x_s, s)
+        x = step(x, (d + r + d_s + r_s) / 2, (n_hat + n_hat_s) / 2, t, s, schedule)     # (3)
+    return x / sigma_max
 
 
 def generate(net, schedule: Schedule, shape, seeds, device=None, batch: int = 64,
@@ -338,6 +429,26 @@ def sampling_schedule(checkpoint: dict, bnr: float | None = None, name: str | No
     return make_schedule(bnr, name)
 
 
+def restoring_schedule(checkpoint: dict, alpha: float, sigma: float) -> Schedule:
+    """A schedule through a blur of alpha pixels with noise sigma, to restore such an image along:
+    its distribution is the same on all of them. A network of --bnr any knows every ratio up to 10,
+    any other network its own. Raises UserError."""
+    schedule = sampling_schedule(checkpoint)
+    if isinstance(schedule, AnyBNR):
+        most = schedule.max_bnr * sigma
+        if sigma == 0 or alpha > most:
+            raise UserError(f"this model knows noise above 0, and with noise {sigma:g} a blur of "
+                            f"at most {most:g} pixels, not {alpha:g}")
+        return ConstantBNR(alpha / sigma)
+    t = alpha if isinstance(schedule, ColdSchedule) else sigma
+    own_alpha, own_sigma = schedule.levels(t)
+    if own_sigma != sigma or not math.isclose(own_alpha, alpha, rel_tol=0.01, abs_tol=0.001):
+        raise UserError(f"this model knows a blur of {own_alpha:.3g} pixels with noise "
+                        f"{own_sigma:.3g}, not {alpha:g} with {sigma:g}; one of --bnr any knows "
+                        "all up to a ratio of 10")
+    return schedule
+
+
 # The command line
 
 
@@ -345,16 +456,21 @@ def sampler_options(p: Parser) -> None:
     """The options that every program has which draws samples."""
     a = p.add_argument
     a("--steps", type=number(int, 1, 10000),
-      help="steps of the solver (default: 12 for multistep, else the model's --sample-steps)")
+      help="steps of the solver (default: 12 for multistep, 18 for ancestral, else the model's "
+           "--sample-steps)")
     a("--solver", choices=list(SOLVERS), default="heun",
       help="heun for the paper's numbers; multistep, with steps of its own, for few evaluations, "
-           "up to about BNR 0.5 (default heun)")
+           "up to about BNR 0.5; ancestral, with fresh noise at each step (default heun)")
     a("--schedule", choices=["blurring"],
       help="for a model of --bnr any: Hoogeboom & Salimans' schedule")
     a("--churn", type=number(float, 0, 1e6), default=0., help="EDM's S_churn (default 0)")
     a("--s-min", type=number(float, 0), default=0., help="churn from this level (default 0)")
     a("--s-max", type=number(float, 0), default=math.inf, help="and up to this one (default inf)")
     a("--s-noise", type=number(float, 0, 10), default=1., help="EDM's S_noise (default 1)")
+    a("--sigma-min", type=number(float, 1e-6, 1e6),
+      help="lowest level (default 0.002; without noise a blur of 0.1)")
+    a("--sigma-max", type=number(float, 1e-6, 1e6),
+      help="highest level (default 80; without noise a blur of the longer side)")
     a("--precision", choices=["fp32", "tf32", "bf16"], default="fp32",
       help="of the network; tf32 and bf16 are faster on a GPU (default fp32)")
     a("--compile", action="store_true", help="torch.compile: slow to start, then faster on a GPU")
@@ -370,12 +486,13 @@ def sampler(args, net, checkpoint: dict):
     if args.s_min > args.s_max:
         raise UserError(f"--s-min {args.s_min:g} is above --s-max {args.s_max:g}")
     steps = args.steps
-    if steps is None and args.solver == "multistep":
-        steps = STEPS["multistep"]
+    if steps is None and args.solver in ("multistep", "ancestral"):
+        steps = STEPS[args.solver]
     if steps is None:
         steps = checkpoint["options"]["sample_steps"]
     options = {name: getattr(args, name)
-               for name in ("solver", "churn", "s_min", "s_max", "s_noise")}
+               for name in ("solver", "churn", "s_min", "s_max", "s_noise", "sigma_min",
+                            "sigma_max")}
     options["steps"] = steps
     options["mean_color"] = checkpoint["config"].get("mean_color")
     if args.label is not None:
@@ -419,8 +536,16 @@ def main():
       help="folder of the images, .npy files where they are not gray or RGB (default samples)")
     a("--bnr", type=number(float, 0), help="for a model of --bnr any: 0 to 10 (default 0.5)")
     sampler_options(p)
-    a("--init", help="start from this image, degraded to --level")
+    p.set_defaults(solver=None)
+    a("--init", metavar="IMAGE", help="start from this image, degraded to --level, for others like "
+      "it; one that is degraded already is for --restore")
     a("--level", type=number(float, 0.01), help="level t of --init (default 1)")
+    a("--restore", metavar="IMAGE", help="draw images, one a seed, that this one may have been "
+      "before --blur and --noise. Its size is the model's; a .npy file of floats [C, H, W] keeps "
+      "the noise that a .png clips")
+    a("--blur", type=number(float, 0), help="of --restore: standard deviation in pixels")
+    a("--noise", type=number(float, 0), help="of --restore: where pixels go from -1 to 1")
+    a("--mean", action="store_true", help="of --restore: the mean of all such images, D + R")
     a("--batch", type=number(int, 1), help="images at a time (default 64, on a GPU 256)")
     args = p.parse_args()
     args.out = os.path.abspath(args.out)                        # the grid is named after it
@@ -429,9 +554,13 @@ def main():
     with p.one_line_errors():
         join_processes()
         net, checkpoint = load_model(args.ckpt, args.device, args.precision, args.compile)
+        prepare_restoring(args)
         options, nfe = sampler(args, net, checkpoint)
-        schedule = sampling_schedule(checkpoint, args.bnr, args.schedule)
         facts = checkpoint["data"]
+        if args.restore:
+            schedule = restoring_schedule(checkpoint, args.blur, args.noise)
+        else:
+            schedule = sampling_schedule(checkpoint, args.bnr, args.schedule)
         options.update(start_options(args, schedule, facts))
         draw_images(args, net, schedule, facts, options)
         if rank() == 0:
@@ -439,8 +568,32 @@ def main():
                 f"(network evaluations an image): {args.out}/")
 
 
+def prepare_restoring(args) -> None:
+    """The options that --restore leaves no choice of. Raises UserError."""
+    if not args.restore:
+        args.solver = args.solver or "heun"
+        if args.mean or args.blur is not None or args.noise is not None:
+            raise UserError("--blur, --noise and --mean belong to --restore")
+        return
+    others = [args.init, args.level, args.bnr, args.schedule, args.solver, args.churn or None,
+              args.sigma_max]
+    if args.blur is None or args.noise is None or others.count(None) < len(others):
+        raise UserError("--restore needs --blur and --noise, and takes none of --init, --level, "
+                        "--bnr, --schedule, --solver, --churn and --sigma-max")
+    args.solver = "ancestral" if args.noise else "heun"         # without noise there is one answer
+    if args.mean:
+        args.steps = 1                                          # straight to 0, which is D + R
+        args.seeds = args.seeds[:1]
+
+
 def start_options(args, schedule: Schedule, facts: dict) -> dict:
-    """init and level of --init and --level, as keywords of generate. Raises UserError."""
+    """init and level of --init and --level, or y and level of --restore, as keywords of generate.
+    Raises UserError."""
+    filename = args.restore or args.init or ""
+    if filename and not filename.endswith(".npy") and facts.get("latents"):
+        raise UserError(f"{filename} is an image, and this model's data are latents")
+    if args.restore:
+        return {"y": read_degraded(filename, facts["shape"]), "level": args.noise or args.blur}
     if not args.init and not args.level:
         return {}
     c, h, w = facts["shape"]
@@ -448,9 +601,23 @@ def start_options(args, schedule: Schedule, facts: dict) -> dict:
     level = args.level or 1.
     if not args.init or not low < level <= high:
         raise UserError(f"--level is for --init, and must be above {low} and at most {high:g}")
-    if facts.get("latents"):
-        raise UserError("--init is for images, and this model's data are latents")
-    return {"init": normalize(read_image(args.init, c, h, w)), "level": level}
+    return {"init": normalize(read_image(filename, c, h, w)), "level": level}
+
+
+def read_degraded(filename: str, shape) -> torch.Tensor:
+    """A blurred and noisy image, float [1, C, H, W]: an image file, or floats in a .npy file. It is
+    not resized, which would change its blur and its noise. Raises UserError."""
+    if not filename.endswith(".npy"):
+        return normalize(read_image(filename, *shape, resize=False))
+    refuse_special(filename)
+    try:
+        y = np.load(filename, allow_pickle=False)
+    except (ValueError, EOFError) as e:
+        raise UserError(f"{filename} is not an array: {reason(e)}") from None
+    if y.dtype.kind != "f" or list(y.shape) != list(shape) or not np.isfinite(y).all():
+        raise UserError(f"{filename} has {y.dtype} {list(y.shape)}, and must have finite floats "
+                        f"{list(shape)}, in [-1, 1] but for the noise")
+    return torch.from_numpy(y)[None]
 
 
 def draw_images(args, net, schedule: Schedule, facts: dict, options: dict) -> None:
@@ -465,6 +632,7 @@ def draw_images(args, net, schedule: Schedule, facts: dict, options: dict) -> No
         padding = seeds[-1:] * (-len(seeds) % args.batch)
     names = (f"{args.out}/{seed:06d}" for seed in seeds)
     shown = []
+    given = options.get("y", options.get("init"))
     total = math.ceil(len(seeds) / args.batch) * options["steps"]
     written = ()
     with progress(total=total, unit=" steps", disable=rank() > 0) as bar, \
@@ -480,7 +648,7 @@ def draw_images(args, net, schedule: Schedule, facts: dict, options: dict) -> No
             shown += images[:math.ceil(256 / n) - len(shown)]
         list(written)
     if not is_latent:
-        save_first(shown, min(256, len(args.seeds)), f"{args.out}-grid.png")
+        save_first(shown, min(256, len(args.seeds)), f"{args.out}-grid.png", given)
 
 
 def save_as_png(image: torch.Tensor, name: str) -> None:
@@ -491,14 +659,17 @@ def save_as_npy(state: torch.Tensor, name: str) -> None:
     np.save(f"{name}.npy", state.numpy())
 
 
-def save_first(shown, count: int, filename: str) -> None:
-    """A grid of the first images of all processes, whose seeds take turns."""
+def save_first(shown, count: int, filename: str, given=None) -> None:
+    """A grid of the first images of all processes, whose seeds take turns; before them the given
+    one, float [1, C, H, W]."""
     n = world_size()
     by_process = [shown] * n
     if n > 1:
         dist.all_gather_object(by_process, shown)
     if rank() == 0:
         images = [by_process[i % n][i // n] for i in range(count)]
+        if given is not None:
+            images = [*to_uint8(given), *images]
         save_grid(torch.stack(images), filename)
 
 

@@ -358,7 +358,7 @@ def not_finite(x, alpha, sigma):
 
 
 @pytest.mark.parametrize("net, schedule, options, words", [
-    (zeros, ConstantBNR(0.5), {"solver": "rk4"}, "euler, heun or multistep, not rk4"),
+    (zeros, ConstantBNR(0.5), {"solver": "rk4"}, "multistep or ancestral, not rk4"),
     (zeros, ConstantBNR(0.5), {"solver": "multistep", "churn": 1.}, "noise and no churn"),
     (zeros, ColdSchedule(), {"solver": "multistep", "mean_color": {"mean": [0.], "cov": [[0.]]}},
      "noise and no churn"),

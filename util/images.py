@@ -64,13 +64,17 @@ def crop_and_resize(image: Image.Image, width: int, height: int) -> Image.Image:
     return cropped.resize((width, height), Image.LANCZOS)
 
 
-def read_image(filename, channels: int, height: int, width: int) -> torch.Tensor:
+def read_image(filename, channels: int, height: int, width: int,
+               resize: bool = True) -> torch.Tensor:
     """One image file, cropped and resized: uint8 [1, channels, height, width], where channels
-    is 1 or 3. Raises UserError."""
+    is 1 or 3. Raises UserError, and without resize also for another size."""
     refuse_special(filename)
     modes = {1: "L", 3: "RGB"}
     try:
         image, _ = open_upright(filename)
+        if not resize and image.size != (width, height):
+            raise ValueError(f"it has {image.width} x {image.height} pixels, and must have "
+                             f"{width} x {height}")
         image = crop_and_resize(image.convert(modes[channels]), width, height)
     except Exception as error:                                  # decoders raise anything
         raise UserError(f"{filename} is not an image that can be read as one of {channels} "
