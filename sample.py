@@ -144,78 +144,95 @@ def churn_step(x, t, t_hat, schedule: Schedule, noise):
     return idct2(u_hat)
 
 
-# Multistep: this project's, not the paper's. DPM-Solver++ carried to blurred schedules
+# Multistep: this project's, not the paper's. It carries DPM-Solver++ (Lu et al., 2211.01095) and
+# the corrector of UniPC (Zhao et al., 2302.04867) to blurred schedules. Ours are the integrals
+# along a blurred schedule, and e.
 
 
 @torch.no_grad()
 def multistep(net, schedule: Schedule, x: torch.Tensor, times, watch=None):
-    """The same with one evaluation a step, by the polynomials through the last evaluations (5).
+    """The same with one evaluation a step (5): the flow from t to s is integrated with polynomials
+    through the last evaluations, and once more when the network has been evaluated at s, too. Two
+    evaluations, or three from THIRD_ORDER_FROM steps on.
 
-    Order 3 from THIRD_ORDER_FROM steps on, else 2. A last step to 0 returns the estimate itself.
-    The schedule must have noise.
+    A last step to 0 returns the estimate itself. The schedule must have noise.
     """
     times = falling(times)
-    x = x.double()
+    u = dct2(x.double())
     order = 3 if len(times) > THIRD_ORDER_FROM else 2
-    nodes = []                                  # l = -ln sigma of the evaluations, newest first
-    values = []                                 # x0_hat and e, DCT, [2, B, C, H, W], likewise
+    nodes = []                                  # the last evaluations, newest first
+    previous = None                             # the level and the state before the last step
     for t, s in zip(times[:-1], times[1:]):
-        d, r, n_hat = evaluate(net, schedule, x, t)
+        d, r, _ = evaluate(net, schedule, idct2(u), t)
         if watch is not None:
-            watch(t.item(), x, d, r)
+            watch(t.item(), idct2(u), d, r)
         x0_hat = d + r
         if s == 0:
             return x0_hat
-        alpha, sigma = schedule.levels(t)
-        u0 = dct2(x0_hat)
-        e = dct2(d) - attenuation(alpha, x) * u0                # what the two heads disagree by
-        nodes = [-sigma.log(), *nodes[:order - 1]]
-        values = [torch.stack([u0, e]), *values[:order - 1]]
-        x_s = step(x, x0_hat, n_hat, t, s, schedule)            # (3), Euler's
-        x = x_s + curvature(nodes, values, t, s, schedule)      # (5)
-    return x
+        nodes = [multistep_node(d, x0_hat, t, schedule), *nodes[:order - 1]]
+        if previous is not None:                # corrector: the last step again, to here
+            t_before, u_before = previous
+            u = integrate(u_before, t_before, t, nodes, schedule)               # (5)
+        previous = (t, u)
+        u = integrate(u, t, s, nodes, schedule)                 # predictor, (5)
+    return idct2(u)
 
 
-def curvature(nodes, values, t, s, schedule: Schedule, cells: int = 200):
-    """What (5) adds to Euler's step from t to s: the integrals of x0_hat d(M / sigma) and of
-    e d(1 / sigma), less their values at t. The polynomials in l through the nodes are in Newton's
-    form, and summed over cells that are even in ln t."""
-    value = values[0]
+def multistep_node(d, x0_hat, t, schedule: Schedule):
+    """What multistep keeps of an evaluation at t: l = -ln sigma, and in the DCT domain x0_hat and
+    e = D - M x0_hat, what the two heads disagree by: [2, B, C, H, W]."""
+    alpha, sigma = schedule.levels(t)
+    u0 = dct2(x0_hat)
+    e = dct2(d) - attenuation(alpha, d) * u0
+    return -sigma.log(), torch.stack([u0, e])
+
+
+def integrate(u, t, s, nodes, schedule: Schedule, cells: int = 200):
+    """Equation (5), from level t to s, in the DCT domain: sigma_s times the integrals of
+    x0_hat d(M / sigma) and e d(1 / sigma). Both are Lagrange's polynomials in l through the nodes,
+    and summed over cells that are even in ln t."""
     i = torch.linspace(0, 1, cells + 1, dtype=torch.float64)
     alpha, sigma = schedule.levels(t ** (1 - i) * s ** i)       # [cells + 1]
     l = -(sigma[1:] * sigma[:-1]).log() / 2                     # in the middle of each cell
-    ratio = attenuation(alpha, value) / append_dims(sigma, value)
-    d_blurred = ratio.diff(dim=0)                               # d(M / sigma), [cells, 1, H, W]
+    ratio = attenuation(alpha, u) / append_dims(sigma, u)
+    d_blurred = ratio.diff(dim=0).squeeze(1)                    # d(M / sigma), [cells, H, W]
     d_noise = (1 / sigma).diff()                                # d(1 / sigma), [cells]
-    product = torch.ones_like(l)
-    total = torch.zeros_like(value[0])
-    differences = values
-    for k in range(1, len(nodes)):
-        product = product * (l - nodes[k - 1])                  # (l - l_0) ... (l - l_(k-1))
-        differences = [(differences[j] - differences[j + 1]) / (nodes[j] - nodes[j + k])
-                       for j in range(len(differences) - 1)]    # Newton's divided differences
-        of_x0_hat = torch.tensordot(product.to(value.device), d_blurred, 1)     # [1, H, W]
-        of_e = (product * d_noise).sum().to(value.device)
-        total = total + of_x0_hat * differences[0][0] + of_e * differences[0][1]
-    return append_dims(sigma[-1], total) * idct2(total)                         # (5)
+    y = u / sigma[0]
+    for l_j, (x0_hat, e) in nodes:
+        basis = torch.ones_like(l)                              # 1 at this node, 0 at the others
+        for l_k, _ in nodes:
+            if l_k is not l_j:
+                basis = basis * (l - l_k) / (l_j - l_k)
+        of_x0_hat = torch.tensordot(basis.to(u.device), d_blurred, 1)           # [H, W]
+        of_e = (basis * d_noise).sum().to(u.device)
+        y = y + of_x0_hat * x0_hat + of_e * e
+    return sigma[-1] * y                                                        # (5)
 
 
-def multistep_times(n: int, h: int, w: int, t_min: float = 0.002, t_max: float = 80.):
+def multistep_times(n: int, h: int, w: int, schedule: Schedule, t_min: float = 0.002,
+                    t_max: float = 80.):
     """Multistep's n levels from t_max, then 0: float64 [n + 1].
 
     They are even in ln(1 + a / sigma): in ln sigma below a, where an image of h x w appears, and in
     1 / sigma above it, where the estimate is still the mean of all images. The last is where the
-    image is finished. Order 3 starts with half a step, for its first two steps have less.
+    image is finished: the noise is at most 4.5 / n^2 there and the blur 0.8 / n pixels.
     """
-    a = 1.5 * math.sqrt(h * w)
-    last = min(max(180 * t_min / n, t_min), math.sqrt(t_min * t_max))
-    i = torch.arange(n, dtype=torch.float64)
-    if n >= THIRD_ORDER_FROM:
-        i[1:] -= 0.5
+    last = 4.5 / n ** 2
+    alpha, sigma = schedule.levels(last)
+    if alpha > 0.8 / n:
+        last = (0.8 / n * sigma / alpha).item()
+    return even_times(n, 4 * (h * w) ** 0.25, last, t_min, t_max)
+
+
+def even_times(n: int, a: float, last: float, t_min: float, t_max: float):
+    """n levels from t_max to `last`, even in ln(1 + a / sigma), then 0: float64 [n + 1]. Where the
+    range from t_min to t_max is short, it ends above `last`."""
+    last = min(max(last, t_min), math.sqrt(t_min * t_max))
     start = math.log1p(a / t_max)
     end = math.log1p(a / last)
-    t = a / torch.expm1(start + i / i[-1].clamp(min=1) * (end - start))         # [n]
-    return torch.cat([torch.full_like(t[:1], t_max), t[1:], torch.zeros_like(t[:1])])
+    t = a / torch.expm1(torch.linspace(start, end, n, dtype=torch.float64))     # [n]
+    t[0] = t_max
+    return torch.cat([t, torch.zeros(1, dtype=torch.float64)])
 
 
 # Ancestral: the random process backwards. From a given x it draws from p(x0 | x)
@@ -309,10 +326,11 @@ def sample(net, schedule: Schedule, z: torch.Tensor, steps: int | None = None, m
         has_noise = schedule.levels(t_max)[1] > 0
         if churn or not has_noise:
             raise UserError(f"{solver} needs a schedule with noise and no churn: use heun or euler")
-        times = multistep_times(steps, h, w, t_min, t_max)
         if solver == "multistep":
+            times = multistep_times(steps, h, w, schedule, t_min, t_max)
             x = multistep(net, schedule, x, times, watch)
         else:
+            times = even_times(steps, 1.5 * math.sqrt(h * w), 0.36 / steps, t_min, t_max)
             x = ancestral(net, schedule, x, times, randn, watch)
     else:
         climber = None

@@ -59,3 +59,23 @@ def points_heads(points):
         r = torch.einsum("bn,nchw->bchw", p, points - blurry)
         return d, r
     return net
+
+
+def mixture_posterior(means, spectrum, u, m, variance):
+    """Of x0 with independent DCT coefficients of variances `spectrum` around one of several means
+    [K, H, W], equally likely, given u = M x0 + noise: the weights [B, K], and each component's
+    mean [B, K, H, W] and variance [H, W]."""
+    off = u - m * means                                                         # [B, K, H, W]
+    total = m ** 2 * spectrum + variance
+    weights = torch.softmax(-(off.square() / total).sum((2, 3)) / 2, 1)
+    return weights, means + m * spectrum / total * off, spectrum * variance / total
+
+
+def mixture_heads(means, spectrum):
+    """The exact heads for such images, of one channel. They are not linear."""
+    def net(x, alpha, sigma):
+        m = m_of(alpha, *spectrum.shape)
+        weights, of_each, _ = mixture_posterior(means, spectrum, dct2(x.double()), m, sigma ** 2)
+        u0 = torch.einsum("bk,bkhw->bhw", weights, of_each)[:, None]
+        return idct2(m * u0), idct2((1 - m) * u0)
+    return net

@@ -9,7 +9,8 @@ import torch
 import sample as program
 from degrade import (BlurringSchedule, ColdSchedule, ConstantBNR, blur, dct2, degrade, frequencies,
                      idct2)
-from exact import gaussian_heads, gaussian_images, m_of, normals, power_law
+from exact import (gaussian_heads, gaussian_images, m_of, mixture_heads, mixture_posterior, normals,
+                   power_law)
 from model import build
 from runs import command_line, refused
 from sample import ancestral, ancestral_step, encode, generate, restoring_schedule, sample
@@ -174,26 +175,11 @@ def test_heads_that_disagree_lead_where_the_reverse_process_leads():
     assert torch.allclose(out[1:].square().sum(0), variance, rtol=0.02)
 
 
-def mixture_posterior(means, spectrum, u, m, variance):
-    """Of x0 with independent DCT coefficients of variances `spectrum` around one of several means
-    [K, H, W], equally likely, given u = M x0 + noise: the weights [B, K], and each component's
-    mean [B, K, H, W] and variance [H, W]."""
-    off = u - m * means                                                         # [B, K, H, W]
-    total = m ** 2 * spectrum + variance
-    weights = torch.softmax(-(off.square() / total).sum((2, 3)) / 2, 1)
-    return weights, means + m * spectrum / total * off, spectrum * variance / total
-
-
 def test_draws_fall_into_the_components_of_a_mixture_as_often_as_they_should():
     means = 0.4 * normals(3, 4, 4, seed=5)
     spectrum = power_law(4, 4, total=0.02)
 
-    def net(x, alpha, sigma):
-        m = m_of(alpha, 4, 4)
-        weights, of_each, _ = mixture_posterior(means, spectrum, dct2(x), m, sigma ** 2)
-        u0 = torch.einsum("bk,bkhw->bhw", weights, of_each)[:, None]
-        return idct2(m * u0), idct2((1 - m) * u0)
-
+    net = mixture_heads(means, spectrum)
     alpha = 0.6
     sigma = 0.8
     m = m_of(alpha, 4, 4)
