@@ -6,7 +6,7 @@
 These files are pickles with EDM's source text in them, which EDM's loader executes. Here nothing
 that a file names is imported or called. The deblurring head is zero, as r_out (8) is at BNR 0. The
 nine augmentation inputs are zero in sampling; in training, data.augment makes them with EDM's own
-meaning, order and signs, so that a network is told what it has learned. Refused are NCSN++ and ADM.
+meaning, order and signs. NCSN++ and ADM are refused.
 """
 import io
 import pickle
@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from data import CIFAR10_CLASSES
-from model import build, check_facts
-from util import Parser, UserError, save_checkpoints
+from model import build
+from util.checkpoint import check_weights, save_checkpoint
+from util.cli import Parser, UserError
+from util.datasets import CIFAR10_CLASSES
 
 # The settings of EDM's SongUNet: what DDPM++ has, and EDM's defaults of the others
 DDPMPP = {"embedding_type": "positional", "encoder_type": "standard", "decoder_type": "standard",
@@ -35,34 +36,39 @@ BLOCK = {"norm0": "norm1", "conv0": "conv1", "affine": "from_emb", "norm1": "nor
 
 # From EDM's network to a checkpoint
 
-def convert(filename):
+
+def convert(filename) -> dict:
     """A file of EDM's -> a checkpoint as train.py saves it. Raises UserError and OSError."""
     data = Path(filename).read_bytes()
     try:
         net = restricted_unpickle(data, KNOWN)["ema"]
         unet = unet_config(net)
-        c, r, n = unet["in_channels"], unet["resolution"], unet["classes"]
-        config = {"bnr": 0., "path": None, "sigma_data": float(net.sigma_data),
-                  "param": "residual", "colour": None, "unet": unet}
+        config = {"bnr": 0., "schedule": None, "sigma_data": float(net.sigma_data),
+                  "param": "residual", "mean_color": None, "unet": unet}
         weights = convert_weights(config, tensors(net._modules["model"]), len(data))
-        cifar10 = n == 10 and r == 32
-        classes = CIFAR10_CLASSES if cifar10 else [str(i) for i in range(n)] or ["all"]
-        name = Path(filename).stem
-        checkpoint = {"config": config, "seen": 0,
-                      "data": {"name": name, "shape": [c, r, r], "classes": classes},
-                      "options": {"data": name, "resolution": r, "seed": 0,
-                                  "sample_steps": 18 if r <= 32 else 40}}       # EDM's
-        check_facts(checkpoint, weights, 2 * len(data))         # the zeros are not in the file
-        return {"weights": weights, **checkpoint}
+        check_weights(weights)
     except UserError as e:
         raise UserError(f"{filename}: {e}") from None
     except Exception as e:                                      # a pickle can raise nearly anything
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise UserError(f"{filename} is none of EDM's networks, or it is damaged ({reason})") \
             from None
+    name = Path(filename).stem
+    side = unet["resolution"]
+    steps = 18 if side <= 32 else 40                            # EDM's
+    return {"weights": weights, "config": config, "seen": 0,
+            "data": {"name": name, "shape": [unet["in_channels"], side, side],
+                     "classes": class_names(unet["classes"], side)},
+            "options": {"data": name, "resolution": side, "seed": 0, "sample_steps": steps}}
 
 
-def unet_config(net):
+def class_names(count: int, side: int) -> list:
+    if count == 10 and side == 32:
+        return CIFAR10_CLASSES
+    return [str(i) for i in range(count)] or ["all"]
+
+
+def unet_config(net) -> dict:
     """EDM's EDMPrecond, a Record -> the keywords of model.UNet. Raises UserError that names the
     setting which differs from DDPM++'s."""
     unet = net._modules["model"]
@@ -71,38 +77,46 @@ def unet_config(net):
             raise UserError(f"the network is {shown(record.class_name)}, and not EDM's {name}")
     if unet._init_args:
         raise UserError("SongUNet has arguments without a name")
-    given = {**DDPMPP, **DEFAULTS, **unet._init_kwargs}
-    size = {"img_resolution", "in_channels", "out_channels"}
-    for name, value in given.items():
+    settings = {**DDPMPP, **DEFAULTS, **unet._init_kwargs}
+    sizes = {"img_resolution", "in_channels", "out_channels"}
+    for name, value in settings.items():
         if name in DDPMPP and value != DDPMPP[name]:
             raise UserError(f"{name} is {shown(value)}, and DDPM++ has {DDPMPP[name]!r}")
-        if name not in DDPMPP.keys() | DEFAULTS.keys() | size:
+        if name not in DDPMPP.keys() | DEFAULTS.keys() | sizes:
             raise UserError(f"{shown(name)} is {shown(value)}, a setting that DDPM++ does not have")
-    if given["in_channels"] != given["out_channels"]:
+    if settings["in_channels"] != settings["out_channels"]:
         raise UserError("in_channels and out_channels differ")
-    attention = list(given["attn_resolutions"])
+    attention = list(settings["attn_resolutions"])
     if not all(type(v) is int for v in attention):
         raise TypeError("attn_resolutions are not integers")
-    return dict(in_channels=given["in_channels"], out_channels=2 * given["out_channels"],
-                channels=given["model_channels"], mult=list(given["channel_mult"]),
-                blocks=given["num_blocks"], resolution=given["img_resolution"],
-                attention=attention, dropout=float(given["dropout"]),
-                augment_dim=given["augment_dim"], classes=given["label_dim"])
+    return {"in_channels": settings["in_channels"],
+            "out_channels": 2 * settings["out_channels"],
+            "channels": settings["model_channels"],
+            "mult": list(settings["channel_mult"]),
+            "blocks": settings["num_blocks"],
+            "resolution": settings["img_resolution"],
+            "attention": attention,
+            "dropout": float(settings["dropout"]),
+            "augment_dim": settings["augment_dim"],
+            "classes": settings["label_dim"]}
 
 
-def shown(value):
+def shown(value) -> str:
     return repr(value)[:80]
 
 
-def convert_weights(config, theirs, size):
+def convert_weights(config: dict, theirs: dict, size: int) -> dict:
     """EDM's tensors by name -> the state dict of model.Denoiser. size: of the file, in bytes."""
     with torch.device("meta"):              # allocates nothing before the shapes are known to fit
         net = build(config)
-    net.unet.check(config["unet"]["resolution"], config["unet"]["resolution"])
+    side = config["unet"]["resolution"]
+    net.unet.check(side, side)
     ours = net.unet.state_dict()
-    if sum(v.numel() for k, v in ours.items() if not k.startswith("last.")) * 4 > size:
+    numbers = sum(v.numel() for name, v in ours.items() if not name.startswith("last."))
+    if numbers * 4 > size:
         raise ValueError("its settings are of a network larger than the file")
-    names, weights = layer_names(config["unet"]), {}
+    names = layer_names(config["unet"])
+    weights = {}
     for name, value in ours.items():
         layer, leaf = name.rsplit(".", 1)
         shape = list(value.shape)
@@ -119,30 +133,38 @@ def convert_weights(config, theirs, size):
     return weights
 
 
-def layer_names(unet):
+def layer_names(unet: dict) -> dict:
     """The layers of model.UNet with these keywords: {their name: their name in EDM's SongUNet}."""
-    sizes = [f"{unet['resolution'] >> level}x{unet['resolution'] >> level}"
-             for level in range(len(unet["mult"]))]
-    encoder, decoder = [], []
-    for level, size in enumerate(sizes):
-        encoder += [f"enc.{size}_down"] if level else []
-        encoder += [f"enc.{size}_block{i}" for i in range(unet["blocks"])]
-    for level, size in reversed(list(enumerate(sizes))):
-        decoder += [f"dec.{size}_up"] if level < len(sizes) - 1 else []
-        decoder += [f"dec.{size}_block{i}" for i in range(unet["blocks"] + 1)]
-    middle = [f"dec.{sizes[-1]}_in{i}" for i in range(2)]
+    levels = range(len(unet["mult"]))
+    sizes = []
+    for level in levels:
+        side = unet["resolution"] >> level
+        sizes.append(f"{side}x{side}")
+    encoder = []
+    for level in levels:
+        if level:
+            encoder.append(f"enc.{sizes[level]}_down")
+        encoder += [f"enc.{sizes[level]}_block{i}" for i in range(unet["blocks"])]
+    decoder = []
+    for level in reversed(levels):
+        if level < len(sizes) - 1:
+            decoder.append(f"dec.{sizes[level]}_up")
+        decoder += [f"dec.{sizes[level]}_block{i}" for i in range(unet["blocks"] + 1)]
+    middle = [f"dec.{sizes[-1]}_in0", f"dec.{sizes[-1]}_in1"]
     names = {"from_augment": "map_augment", "from_label": "map_label", "embed.0": "map_layer0",
              "embed.2": "map_layer1", "first": f"enc.{sizes[0]}_conv",
              "last_norm": f"dec.{sizes[0]}_aux_norm", "last": f"dec.{sizes[0]}_aux_conv"}
     for part, blocks in (("encoder", encoder), ("middle", middle), ("decoder", decoder)):
         for i, block in enumerate(blocks):
-            names.update({f"{part}.{i}.{our}": f"{block}.{their}" for their, our in BLOCK.items()})
+            for their, our in BLOCK.items():
+                names[f"{part}.{i}.{our}"] = f"{block}.{their}"
     return names
 
 
 # Reading the pickle without executing anything
 
-def restricted_unpickle(data, allowed):
+
+def restricted_unpickle(data, allowed: dict):
     """What is pickled in data: bytes, or an open file, which is read to the end of one pickle.
 
     allowed: {(module, name): what stands for it}. Nothing else is imported or called: UserError for
@@ -153,11 +175,13 @@ def restricted_unpickle(data, allowed):
             raise UserError(f"it names {f'{module}.{name}'[:80]!r}, which is not needed; nothing "
                             "of it was executed")
         return allowed[module, name]
+
     file = io.BytesIO(data) if isinstance(data, bytes) else data
     # the one in C allocates whatever the data claim; this one does so for a bytearray alone
     reader = pickle._Unpickler(file)
     reader.dispatch = {k: v for k, v in reader.dispatch.items() if k != pickle.BYTEARRAY8[0]}
-    reader.find_class, reader.persistent_load = find_class, lambda pid: pid
+    reader.find_class = find_class
+    reader.persistent_load = lambda pid: pid
     return reader.load()
 
 
@@ -183,9 +207,12 @@ class Tensor:
     """A float32 tensor whose numbers stay where the file has them until they are read."""
 
     def __init__(self, storage, offset, size, stride, *rest):
-        self.storage, self.offset, self.size, self.stride = storage, offset, size, stride
+        self.storage = storage
+        self.offset = offset
+        self.size = size
+        self.stride = stride
 
-    def read(self, shape):
+    def read(self, shape: list) -> torch.Tensor:
         """A copy. ValueError where this is not its shape, RuntimeError beyond the storage."""
         if list(self.size) != shape or prod(shape) * 4 > len(self.storage):
             raise ValueError(f"a weight is {shown(self.size)} instead of {shape}")
@@ -198,13 +225,14 @@ def storage(data):
     in the last of which an identifier stands for the storage, its key, the count, the numbers.
     torch.load would allocate what the identifier claims."""
     file = io.BytesIO(data)
-    facts = [restricted_unpickle(file, KNOWN) for _ in range(5)]
-    kind, dtype, _, _, count, view = facts[3]
+    pickles = [restricted_unpickle(file, KNOWN) for _ in range(5)]
+    kind, dtype, _, _, count, view = pickles[3]
     start = file.tell() + 8
-    if (kind, dtype, view) != ("storage", "float32", None) \
-            or struct.pack("<q", count) != data[start - 8:start] or len(data) - start != 4 * count:
-        raise ValueError("a storage is not as torch.save writes float32 numbers")
-    return memoryview(data)[start:]
+    if (kind, dtype, view) == ("storage", "float32", None):
+        is_counted = struct.pack("<q", count) == data[start - 8:start]
+        if is_counted and len(data) - start == 4 * count:
+            return memoryview(data)[start:]
+    raise ValueError("a storage is not as torch.save writes float32 numbers")
 
 
 # What a file may name. The network's own parts come first; the rest is read and not used.
@@ -220,34 +248,41 @@ KNOWN = {("torch_utils.persistence", "_reconstruct_persistent_obj"): persistent_
          ("numpy", "dtype"): Record}
 
 
-def tensors(root):
+def tensors(root) -> dict:
     """{name: Tensor} of a Record of a module and those within it."""
-    found, seen, todo = {}, set(), [("", root)]
-    while todo:
-        prefix, module = todo.pop()
+    by_name = {}
+    seen = set()
+    waiting = [("", root)]
+    while waiting:
+        prefix, module = waiting.pop()
         if id(module) in seen:
             raise ValueError("a module is part of itself, or there twice")
         seen.add(id(module))
-        found.update({prefix + k: v for k, v in module._parameters.items() if v is not None})
-        todo += [(f"{prefix}{k}.", m) for k, m in module._modules.items() if m is not None]
-    return found
+        for name, value in module._parameters.items():
+            if value is not None:
+                by_name[prefix + name] = value
+        for name, inner in module._modules.items():
+            if inner is not None:
+                waiting.append((f"{prefix}{name}.", inner))
+    return by_name
 
 
 def main():
     p = Parser(prog="python -m study.edm",
                description="Convert one of EDM's published DDPM++ networks into a checkpoint of "
-                           "BNR 0. Its licence, CC BY-NC-SA 4.0, goes with the weights.")
+                           "BNR 0. Its license, CC BY-NC-SA 4.0, goes with the weights.")
     p.add_argument("file", help="for example edm-cifar10-32x32-uncond-vp.pkl")
     p.add_argument("--out", default="edm.pt", help="the checkpoint (default edm.pt)")
     args = p.parse_args()
     with p.one_line_errors():
         checkpoint = convert(args.file)
-        if not save_checkpoints({args.out: checkpoint}):
+        if not save_checkpoint(args.out, checkpoint):
             raise UserError(f"{args.out} could not be saved")
-        unet, (c, h, w) = checkpoint["config"]["unet"], checkpoint["data"]["shape"]
-        print(f"{args.out}: {c} x {h} x {w}, {unet['classes'] or 'no'} classes, "
-              f"{sum(v.numel() for v in checkpoint['weights'].values()):,} parameters, BNR 0. The "
-              "licence of EDM's weights, CC BY-NC-SA 4.0, stays theirs.")
+        c, h, w = checkpoint["data"]["shape"]
+        classes = checkpoint["config"]["unet"]["classes"] or "no"
+        parameters = sum(v.numel() for v in checkpoint["weights"].values())
+        print(f"{args.out}: {c} x {h} x {w}, {classes} classes, {parameters:,} parameters, BNR 0. "
+              "The license of EDM's weights, CC BY-NC-SA 4.0, stays theirs.")
 
 
 if __name__ == "__main__":

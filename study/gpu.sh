@@ -26,13 +26,17 @@ start=$SECONDS
 failed=0
 short="--warmup 100 --ema 50 --log-every 10"            # the presets are for days
 [ "$preset" = tiny ] && short=""
-measure="" features=lite0_features advice="install study/requirements.txt, or give FID=1"
+measure=""
+features="from study.common import lite0_features; lite0_features('cpu')"
+advice="install study/requirements.txt, or give FID=1"
 if [ "${FID:-0}" != 0 ]; then
-    measure=--fid features=inception_features advice="put the weights of FID there"
+    measure=--fid
+    features="from util.inception import load_inception; load_inception(device='cpu')"
+    advice="put the weights of FID there"
 fi
 mkdir -p "$results"
 
-if ! "$python" -c "import study.common as c; c.$features('cpu')" 2>"$out/errors.txt"; then
+if ! "$python" -c "$features" 2>"$out/errors.txt"; then
     tail -n 1 "$out/errors.txt" >&2
     echo "the sweep could measure nothing: $advice" >&2
     exit 2
@@ -61,14 +65,14 @@ if [ ! -e "$out/ema.pt" ]; then
     exit 2
 fi
 within speed $((limit / 5)) "$python" -m study.speed --device "$device" --preset "$preset" \
-    --runs 1 --results "$results"
+    --pairs 1 --results "$results"
 within samples "$(left)" "$python" sample.py --ckpt "$out/ema.pt" --device "$device" \
     --out "$out/samples"
 within strip "$(left)" "$python" -m study.strip --ckpt "$out/ema.pt" --device "$device" \
     --bnr 0 0.5 2 --seeds 0 --out "$out/samples-strip.png"
 within sweep "$(left)" "$python" -m study.sweep --ckpt "$out/ema.pt" --data "$data" \
-    --preset "$preset" --device "$device" --samples "$samples" --solvers multistep --nfe 18 \
-    --results "$results" $measure
+    --device "$device" --samples "$samples" --solvers multistep --nfe 18 --results "$results" \
+    $measure
 
 echo "== training: the last line of $out/log.jsonl"
 tail -n 1 "$out/log.jsonl"

@@ -9,18 +9,28 @@ images of the data. The floor is the same between two sets of degraded images: w
 """
 import math
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from data import load
 from degrade import dct2, degrade, frequencies
 from fid import frechet_distance
-from model import load_model
-from sample import generate, sampler, sampler_options, sampling_path
-from study.common import Cells, digest, groups, parser, plotted
-from util import UserError, normalize, number
+from sample import generate, sampler, sampler_options, sampling_schedule
+from study.common import Cells, groups, label_lines, listed, matching, parser, run
+from util.checkpoint import load_model
+from util.cli import UserError, number
+from util.images import normalize
 
 DIRECTIONS = 8                                  # in each octave of frequency
+# Of cells that stand side by side; old ones lack some
+ALIKE = ("ckpt", "checkpoint", "images", "kimg", "data", "label", "samples", "solver", "nfe",
+         "churn", "s_min", "s_max", "s_noise", "precision")
+FIELDS = [{"ckpt": str, "checkpoint": (str, None), "images": (str, None), "kimg": float,
+           "data": str, "label": (str, None), "samples": float, "solver": str, "nfe": float,
+           "churn": float, "s_min": float, "s_max": (str, float), "s_noise": (float, None),
+           "precision": str, "schedule": str, "bnr": (float, None), "t": [float],
+           "distance": [float], "floor": [float]}]
 
 
 def options():
@@ -37,159 +47,168 @@ def options():
     sampler_options(p)
     args = p.parse_args()
     if args.quick:
-        args.samples, args.steps = 100, 3
+        args.samples = 100
+        args.steps = 3
     return p, args
 
 
-def manifold(net, path, images, device, n, batch=250, label=None, **options):
+def manifold(net, schedule, images: torch.Tensor, device, n: int, batch: int = 250, label=None,
+             **options):
     """Rows (t, distance, floor) for the levels of the sampler, falling, and for its images, t = 0.
 
     net: (x, alpha, sigma) -> D, R; images: uint8 [N, C, H, W], drawn with replacement; n: the size
     of each set; label, options: of sample.generate.
     Each projection is divided by sqrt(v + sigma^2), v its variance over the images, so that all
-    count alike; without it the mean colour alone would count.
+    count alike; without it the mean color alone would count.
     """
-    g = torch.Generator().manual_seed(0)
-    basis = directions(*images.shape[1:], g).to(device)
+    generator = torch.Generator().manual_seed(0)
+    basis = directions(*images.shape[1:], generator).to(device)
 
     def project(x):
         return (dct2(x.double()).flatten(1) @ basis).cpu()                      # [B, K]
 
     def degraded(t):
-        parts = []
-        for index in torch.randint(len(images), (n,), generator=g).split(batch):
+        projections = []
+        for index in torch.randint(len(images), (n,), generator=generator).split(batch):
             x0 = normalize(images[index])
-            noise = torch.randn(x0.shape, generator=g)
-            x, _ = degrade(x0.to(device), *path.levels(t), noise.to(device))
-            parts.append(project(x))
-        return torch.cat(parts)                                                 # [n, K]
+            noise = torch.randn(x0.shape, generator=generator)
+            alpha, sigma = schedule.levels(t)
+            x, _ = degrade(x0.to(device), alpha, sigma, noise.to(device))
+            projections.append(project(x))
+        return torch.cat(projections)                                           # [n, K]
 
     states = {}
 
     def watch(t, x, d, r):
         states.setdefault(t, []).append(project(x))
 
-    samples = generate(net, path, images.shape[1:], range(n), device, batch, label=label,
+    samples = generate(net, schedule, images.shape[1:], range(n), device, batch, label=label,
                        watch=watch, **options)
     for x in tqdm(samples, "sampling", math.ceil(n / batch)):
         watch(0., x, None, None)
-    v = degraded(0.).var(0)
-    for t, parts in states.items():
-        scale = (v + path.levels(t)[1] ** 2).clamp(min=1e-8).sqrt()
-        ours, theirs, others = (moments(s / scale)
-                                for s in (torch.cat(parts), degraded(t), degraded(t)))
+    variance = degraded(0.).var(0)
+    for t, projections in states.items():
+        _, sigma = schedule.levels(t)
+        scale = (variance + sigma ** 2).clamp(min=1e-8).sqrt()
+        ours = moments(torch.cat(projections) / scale)
+        theirs = moments(degraded(t) / scale)
+        others = moments(degraded(t) / scale)
         yield t, frechet_distance(*ours, *theirs), frechet_distance(*others, *theirs)
 
 
-def directions(c, h, w, generator):
+def directions(c: int, h: int, w: int, generator) -> torch.Tensor:
     """Random orthonormal directions of the DCT coefficients, float64 [C H W, K]: DIRECTIONS in each
     octave of frequency, or as many as it has coefficients, and in that of the mean."""
     lam = frequencies(h, w).expand(c, h, w).flatten()
     octave = torch.floor(torch.log2(lam / lam[lam > 0].min()) / 2 + 1e-9)       # the mean's is -inf
-    found = []
+    bases = []
     for o in octave.unique():
         inside = octave == o
         random = torch.randn(len(lam), DIRECTIONS, dtype=torch.float64, generator=generator)
         u, _, _ = torch.linalg.svd(random * inside[:, None], full_matrices=False)
-        found.append(u[:, :min(DIRECTIONS, int(inside.sum()))])
-    return torch.cat(found, 1)
+        bases.append(u[:, :min(DIRECTIONS, int(inside.sum()))])
+    return torch.cat(bases, 1)
 
 
-def moments(x):
+def moments(x: torch.Tensor):
     return x.mean(0), x.T.cov()
 
 
-def compute(args, cells):
-    """The cells of the paths that are asked for."""
+def compute(args, cells: Cells) -> list:
+    """The cells of the ratios that are asked for."""
     net, checkpoint = load_model(args.ckpt, args.device, args.precision, args.compile)
     sampling, nfe = sampler(args, net, checkpoint)
-    trained = checkpoint["options"]
-    key = dict(ckpt=args.ckpt, checkpoint=digest(args.ckpt), kimg=checkpoint["seen"] / 1000,
-               data=args.data or trained["data"], label=args.label, samples=args.samples,
-               solver=args.solver, nfe=nfe, churn=args.churn, s_min=args.s_min,
-               s_max=f"{args.s_max:g}", precision=args.precision)
-    images, found = None, []
+    images = compared_images(args, net, checkpoint)
+    shown = []
     for bnr in args.bnr or [None]:
-        path = sampling_path(checkpoint, bnr, args.path)
-        of_path = dict(key, path=type(path).__name__, bnr=getattr(path, "bnr", None))
-        if images is None and not cells.find(**of_path):
-            images = compared_images(args, net, checkpoint)
+        schedule = sampling_schedule(checkpoint, bnr, args.schedule)
 
-        def rows():
-            by_level = manifold(net, path, images, args.device, args.samples, args.batch,
-                                **sampling)
-            t, distance, floor = zip(*by_level)
+        def value():
+            rows = manifold(net, schedule, images, args.device, args.samples, args.batch,
+                            **sampling)
+            t, distance, floor = zip(*rows)
             return {"t": t, "distance": distance, "floor": floor}
-        found.append(cells.compute(of_path, rows))
-    return found
+        shown.append(cells.compute(
+            value, images=images, checkpoint=args.ckpt, ckpt=args.ckpt, label=args.label, nfe=nfe,
+            data=args.data or checkpoint["options"]["data"], samples=args.samples,
+            solver=args.solver, churn=args.churn, s_min=args.s_min, s_max=f"{args.s_max:g}",
+            s_noise=args.s_noise, precision=args.precision, schedule=type(schedule).__name__,
+            bnr=getattr(schedule, "bnr", None)))
+    return shown
 
 
-def compared_images(args, net, checkpoint):
+def compared_images(args, net, checkpoint: dict) -> torch.Tensor:
     """The images of the forward process: of the class that is sampled, where there are classes."""
     trained = checkpoint["options"]
     try:
         data = load(args.data or trained["data"], trained["resolution"] or None)
     except UserError as e:
-        raise UserError(e if args.data else f"{e}; the model was trained on it, --data says where "
-                                            "it is now") from None
+        if args.data:
+            raise
+        raise UserError(f"{e}; the model was trained on it, --data says where it is now") from None
     images = data.images
+    if net.classes and args.label is None:
+        raise UserError("a class-conditional model is compared class by class: give --class")
     if net.classes:
-        if args.label is None:
-            raise UserError("a class-conditional model is compared class by class: give --class")
-        classes = checkpoint["data"]["classes"]
-        name = args.label if args.label in classes else classes[int(args.label)]
-        if name not in data.classes:
-            raise UserError(f"the images have no class {name}")
-        images = images[data.labels == data.classes.index(name)]
+        if args.label not in data.classes:
+            raise UserError(f"the images have no class {args.label}")
+        images = images[data.labels == data.classes.index(args.label)]
     if list(images.shape[1:]) != checkpoint["data"]["shape"]:
         raise UserError(f"the images are {list(images.shape[1:])}, and the model's are "
                         f"{checkpoint['data']['shape']}")
     return images
 
 
-def curve(cell):
-    return f"BNR {cell['bnr']:g}" if cell["bnr"] is not None else cell["path"]
+def place(cell: dict) -> str:
+    if cell["bnr"] is None:
+        return cell["schedule"]
+    return f"BNR {cell['bnr']:g}"
 
 
-def title(cell):
-    label = f" of class {cell['label']}" if cell["label"] is not None else ""
-    churn = f", churn {cell['churn']:g}" if cell["churn"] else ""
-    return (f"{cell['ckpt']} at {cell['kimg']:g} kimg, {cell['samples']} samples{label}, "
-            f"{cell['solver']} NFE {cell['nfe']}{churn}, beside {cell['data']}")
+def title_of(cell: dict) -> str:
+    title = f"{cell['ckpt']} at {cell['kimg']:g} kimg, {cell['samples']} samples"
+    if cell["label"] is not None:
+        title += f" of class {cell['label']}"
+    title += f", {cell['solver']} NFE {cell['nfe']}"
+    if cell["churn"]:
+        title += f", churn {cell['churn']:g}"
+    return f"{title}, beside {cell['data']}"
 
 
-def table(cells):
+def table(cells: list) -> None:
     """Cells with the same levels side by side."""
-    for _, some in groups(cells, "ckpt", "checkpoint", "kimg", "data", "label", "samples", "solver",
-                          "nfe", "churn", "s_min", "s_max", "precision").items():
-        print(f"\n{title(some[0])}: distance from the forward process, and floor")
-        print(f"{'t':>8}" + "".join(f"{curve(c):>24}" for c in some))
-        for i, t in enumerate(some[0]["t"]):
-            row = (f"{c['distance'][i]:14.4g} ({c['floor'][i]:.3g})" for c in some)
-            print(f"{t:8.3g}" + "".join(f"{text:>24}" for text in row))
+    for same in groups(cells, *ALIKE).values():
+        print(f"\n{title_of(same[0])}: distance from the forward process, and floor")
+        print(f"{'t':>8}" + listed(map(place, same), ">24", ""))
+        for i, t in enumerate(same[0]["t"]):
+            line = f"{t:8.3g}"
+            for cell in matching(same, t=same[0]["t"]):
+                text = f"{cell['distance'][i]:14.4g} ({cell['floor'][i]:.3g})"
+                line += f"{text:>24}"
+            print(line)
 
 
-def draw_plot(cells, shown):
-    """The distance by level, a line a cell, and dotted its floor. t = 0 stands at the left."""
-    def draw(plt):
-        figure, axes = plt.subplots(figsize=(8, 5))
-        for c in shown:
-            line, = axes.plot(c["t"], c["distance"], ".-", label=f"{curve(c)}, {title(c)}")
-            axes.plot(c["t"], c["floor"], ":", color=line.get_color())
-        axes.set_xscale("symlog", linthresh=min(t for c in shown for t in c["t"] if t > 0))
-        axes.set(yscale="log", xlabel="level t", ylabel="Frechet distance; dotted: its floor")
-        axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.12))
-        return figure
-    plotted(cells.png, draw)
+def draw_excess(plt, cells: list):
+    """The distance less its floor by level, a line a ratio, of the first table."""
+    same = next(iter(groups(cells, *ALIKE).values()))
+    figure, axes = plt.subplots(figsize=(8, 4.8))
+    lowest = min((t for t in same[0]["t"] if t > 0), default=1.)
+    ends = []
+    for i, cell in enumerate(same):
+        excess = np.array(cell["distance"]) - np.array(cell["floor"])
+        axes.plot(cell["t"], excess, ".-", color=f"C{i % 10}")
+        ends.append((excess[-1], place(cell), f"C{i % 10}"))
+    axes.set_xscale("symlog", linthresh=lowest)
+    axes.set_xlim(max(same[0]["t"]), 0)         # as the sampler goes, to the images at t = 0
+    axes.set(xlabel="level t, from noise to images", ylabel="distance less its floor",
+             title="How far the sampler's states are from degraded images")
+    label_lines(axes, ends)
+    return figure
 
 
 def main():
     p, args = options()
-    with p.one_line_errors():
-        cells = Cells(args, "manifold")
-        shown = cells.cells if args.plot_only else compute(args, cells)
-        table(shown)
-        draw_plot(cells, shown)
+    run(p, args, "manifold", FIELDS, compute, table, {"": draw_excess})
 
 
 if __name__ == "__main__":

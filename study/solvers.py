@@ -1,28 +1,35 @@
-"""Solvers and their time steps by network evaluations: how far a sample is from the end of the
-network's own flow, its power by band, and the study's distance.
+"""Solvers and their time steps by network evaluations: how far a sample is from the converged ODE
+solution of the same network, its power by band, and the study's distance.
 
     python -m study.solvers --ckpt run/ema.pt
     python -m study.solvers --ckpt any/ema.pt --bnr 0 0.5 2           # a network of --bnr any
 
 rms: the root mean square over pixels of the difference to Heun's result after 80 steps from the
-same latents, on images in [-1, 1]. "heun, even" and "euler, even" have multistep's time steps.
+same noise, on images in [-1, 1]. "heun, even" and "euler, even" have multistep's time steps.
 """
 import time
 
 import torch
 from tqdm import tqdm
 
-from data import load
-from degrade import levels_of
-from model import load_model
-from sample import multistep_times, sampling_path, solve, time_steps
-from study.common import (REFERENCES, Cells, Measure, band_power, digest, digest_of, groups, mean,
-                          parser, plotted, references, seed_noise, steps_of, top_bands)
-from util import number, to_uint8
+from sample import SOLVERS, multistep_times, sampling_schedule, seeded_randn, time_steps
+from study.common import (COLORS, REFERENCES, Cells, Measure, band_power, groups,
+                          label_lines, load_once, parser, plot_means, references, rounded,
+                          run, steps_of, top_bands)
+from util.checkpoint import load_model
+from util.cli import number
+from util.images import to_uint8
 
 NFE = [6, 8, 9, 10, 12, 18, 35]
-STEPS = {"multistep": ["multistep"], "heun": ["heun", "heun, even"],
-         "euler": ["euler", "euler, even"]}
+WAYS = ["multistep", "heun", "heun, even", "euler", "euler, even"]
+MEASURED = [("heun", 35), ("multistep", 9), ("multistep", 12), ("multistep", 18)]       # distance
+TICKS = [6, 9, 18, 35]                          # of the figure
+CONVERGED = 80                                  # steps of Heun
+BASE = {"trained": (float, str), "bnr": (float, None), "schedule": (str, None), "data": str,
+        "kimg": float, "seed": int, "checkpoint": str, "solver": str, "nfe": int,
+        "power": [float], "took": float}
+FIELDS = [{**BASE, "rms": float, "distance": None},
+          {**BASE, "rms": None, "distance": float, "samples": float}]
 
 
 def options():
@@ -33,114 +40,138 @@ def options():
     a("--data", help="images to compare with (default: those that the model was trained on)")
     a("--nfe", type=number(int, 2), nargs="+", default=NFE,
       help="network evaluations; Heun takes the odd number below (default 6 8 9 10 12 18 35)")
-    a("--latents", type=number(int, 2), default=256, help="for rms and power (default 256)")
+    a("--draws", type=number(int, 2), default=256, help="images for rms and power (default 256)")
     a("--samples", type=number(int, 0), default=1000,
       help="for the distance of Heun at 35 and multistep at 9, 12 and 18; 0: none (default 1000)")
     args = p.parse_args()
     if args.quick:
-        args.nfe, args.latents, args.samples = [6, 9], 4, 0
+        args.nfe = [6, 9]
+        args.draws = 4
+        args.samples = 0
     return p, args
 
 
-def run(net, path, x, solver, nfe):
-    """The images of the states x at the start, and the seconds that they took."""
-    name, even = solver.removesuffix(", even"), solver.endswith("even") or solver == "multistep"
-    n = steps_of(name, nfe)
-    times = multistep_times(n, *x.shape[2:]) if even else time_steps(n)
+def solved(net, schedule, x: torch.Tensor, way: str, nfe: int):
+    """The images that x leads to, and the seconds that they took."""
+    solver = way.removesuffix(", even")
+    steps = steps_of(solver, nfe)
+    times = time_steps(steps)
+    if way.endswith("even") or solver == "multistep":
+        times = multistep_times(steps, *x.shape[2:], schedule)
     start = time.time()
-    return torch.cat([solve(net, path, part, times, name) for part in x.split(128)]), \
-        time.time() - start
+    images = torch.cat([SOLVERS[solver](net, schedule, part, times) for part in x.split(128)])
+    return images, round(time.time() - start, 2)
 
 
-def compute(args, cells):
+def compute(args, cells: Cells) -> list:
     for filename in args.ckpt:
         net, checkpoint = load_model(filename)
-        shape, data = checkpoint["data"]["shape"], args.data or checkpoint["options"]["data"]
-        count = min(REFERENCES, len(load(data, shape[1]).images) // 2)
+        shape = checkpoint["data"]["shape"]
+        data = args.data or checkpoint["options"]["data"]
+        count = min(REFERENCES, len(load_once(data, shape[1]).images) // 2)
         reference = references(data, shape[1], count)
-        measure = Measure(reference) if args.samples else None
+        key = {"images": reference, "checkpoint": filename, "data": checkpoint["data"]["name"],
+               "trained": checkpoint["config"]["bnr"], "seed": checkpoint["options"]["seed"]}
         for bnr in args.bnr or [None]:
-            path = sampling_path(checkpoint, bnr)
-            shared = dict(checkpoint=digest(filename), bnr=getattr(path, "bnr", None),
-                          trained=checkpoint["config"]["bnr"], data=checkpoint["data"]["name"],
-                          kimg=checkpoint["seen"] / 1000, seed=checkpoint["options"]["seed"],
-                          images=digest_of(reference), latents=args.latents)
-            one_path(args, cells, net, path, shape, reference, measure, shared)
+            schedule = sampling_schedule(checkpoint, bnr)
+            key["bnr"] = getattr(schedule, "bnr", None)
+            key["schedule"] = checkpoint["config"]["schedule"]
+            distances_to_solution(args, cells, net, schedule, shape, reference, key)
+            if args.samples:
+                distances_to_data(args, cells, net, schedule, shape, Measure(reference), key)
+    return cells.cells
 
 
-def one_path(args, cells, net, path, shape, reference, measure, shared):
-    start = levels_of(path, path.t_range(*shape[1:])[1])[1].item()
-    x = start * seed_noise(range(args.latents), shape)()
-    end = None
-    for nfe in tqdm(args.nfe, f"{shared['trained']}, BNR {shared['bnr']}"):
-        for solver in [s for some in STEPS.values() for s in some]:
-            evaluations = nfe - (nfe + 1) % 2 if solver.startswith("heun") else nfe
-            key = dict(**shared, solver=solver, nfe=evaluations)
-            if cells.find(**key):
-                continue
-            end = solve(net, path, x, time_steps(80)) if end is None else end
+def first_states(schedule, shape, n: int) -> torch.Tensor:
+    """The states [n, C, H, W] at the highest level, of the seeds 0 to n - 1."""
+    _, t_max = schedule.sigma_range(*shape[1:])
+    _, sigma = schedule.levels(t_max)
+    return sigma * seeded_randn(range(n), shape)()
 
+
+def distances_to_solution(args, cells: Cells, net, schedule, shape, reference, key: dict) -> None:
+    x = first_states(schedule, shape, args.draws)
+    solution = None
+    for nfe in tqdm(args.nfe, f"{key['trained']}, BNR {key['bnr']}"):
+        for way in WAYS:
             def value():
-                images, took = run(net, path, x, solver, nfe)
+                nonlocal solution
+                if solution is None:
+                    solution = SOLVERS["heun"](net, schedule, x, time_steps(CONVERGED))
+                images, took = solved(net, schedule, x, way, nfe)
+                rms = (images - solution).square().mean().sqrt().item()
                 power = band_power(to_uint8(images)) / band_power(reference)
-                return {"rms": round((images - end).square().mean().sqrt().item(), 5),
-                        "power": [round(v, 3) for v in power.tolist()], "took": round(took, 2)}
-            cells.compute(key, value)
-    compared = [("heun", 35), ("multistep", 9), ("multistep", 12), ("multistep", 18)]
-    for solver, nfe in compared if measure else ():
+                return {"rms": round(rms, 5), "power": rounded(power, 3), "took": took}
+            evaluations = nfe
+            if way.startswith("heun"):
+                evaluations = 2 * steps_of("heun", nfe) - 1
+            cells.compute(value, kind="rms", solver=way, nfe=evaluations, draws=args.draws, **key)
+
+
+def distances_to_data(args, cells: Cells, net, schedule, shape, measure, key: dict) -> None:
+    for way, nfe in MEASURED:
         def value():
-            z = start * seed_noise(range(args.samples), shape)()
-            images, took = run(net, path, z, solver, nfe)
-            return {**measure(to_uint8(images)), "took": round(took, 2)}
-        cells.compute(dict(**shared, solver=solver, nfe=nfe, samples=args.samples), value)
+            x = first_states(schedule, shape, args.samples)
+            images, took = solved(net, schedule, x, way, nfe)
+            return {**measure(to_uint8(images)), "took": took}
+        cells.compute(value, kind="distance", solver=way, nfe=nfe, samples=args.samples, **key)
 
 
-def table(cells):
-    """For each network and path: rms, power in the top three bands, distance."""
-    for (trained, bnr, data, kimg, seed, _), some in groups(
-            cells.cells, "trained", "bnr", "data", "kimg", "seed", "checkpoint").items():
-        print(f"\n{data}, {kimg:g} kimg, trained with BNR {trained}, seed {seed}, sampled at {bnr}")
-        distances = {(c["solver"], c["nfe"]): c for c in some if "distance" in c}
-        for c in sorted((c for c in some if "rms" in c), key=lambda c: (c["solver"], c["nfe"])):
-            measured = distances.get((c["solver"], c["nfe"]))
-            more = f"   distance {measured['distance']:.1f}" if measured else ""
-            print(f"{c['solver']:14}NFE {c['nfe']:3}   rms {c['rms']:.4f}   power {top_bands(c)}"
-                  f"{more}")
-        if ("heun", 35) in distances:
-            heun = distances["heun", 35]
-            ratios = ", ".join(f"NFE {nfe} {heun['took'] / c['took']:.1f}"
-                               for (solver, nfe), c in distances.items() if solver != "heun")
-            print(f"wall clock of Heun at 35 over multistep's, {heun['samples']} samples: {ratios}")
+def table(cells: list) -> None:
+    """For each network and ratio: rms, power in the top three bands, distance."""
+    names = ("trained", "bnr", "schedule", "data", "kimg", "seed", "checkpoint", "images")
+    for (trained, bnr, schedule, data, kimg, seed, *_), same in groups(cells, *names).items():
+        print(f"\n{data}, {kimg:g} kimg, trained with BNR {trained}, seed {seed}, sampled at "
+              f"{schedule or bnr}")
+        by_way = sorted(groups(same, "solver", "nfe").items())
+        measured = {}
+        for (solver, nfe), at_way in by_way:
+            line = f"{solver:14}NFE {nfe:3}"
+            for cell in at_way:
+                if cell.get("rms") is not None:
+                    line += f"   rms {cell['rms']:.4f}   power {top_bands(cell)}"
+            for cell in at_way:
+                if cell.get("distance") is not None:
+                    line += f"   distance {cell['distance']:.1f}"
+                    measured[solver, nfe] = cell
+            print(line)
+        heun = measured.pop(("heun", 35), None)
+        if heun:
+            ratios = [f"NFE {nfe} {heun['took'] / max(cell['took'], 0.01):.1f}"
+                      for (_, nfe), cell in measured.items()]
+            print(f"wall clock of Heun at 35 over multistep's, {heun['samples']} samples: "
+                  f"{', '.join(ratios)}")
 
 
-def draw_plot(cells):
-    def draw(plt):
-        of_rms = [c for c in cells.cells if "rms" in c]
-        kinds = sorted(groups(of_rms, "data", "trained", "bnr").items(), key=str)
-        figure, axes = plt.subplots(1, len(kinds), squeeze=False, layout="constrained",
-                                    figsize=(4.5 * len(kinds), 4))
-        for axis, ((data, trained, bnr), some) in zip(axes[0], kinds):
-            for (solver,), same in groups(some, "solver").items():
-                by_nfe = groups(same, "nfe")
-                places = sorted(nfe for nfe, in by_nfe)
-                axis.loglog(places, [mean([c["rms"] for c in by_nfe[nfe,]]) for nfe in places],
-                            ".-", label=solver)
-            axis.set(xlabel="NFE", ylabel="rms to the flow's end", xticks=NFE, xticklabels=NFE,
-                     title=f"trained with {trained}, sampled at {bnr}\n{data}")
-            axis.minorticks_off()
-            axis.legend(fontsize="small")
-        return figure
-    plotted(cells.png, draw)
+def draw_rms(plt, cells: list):
+    """rms by NFE, a line a solver with its own time steps, a panel for each of at most three
+    ratios."""
+    plain = [c for c in cells if c.get("rms") is not None and c["solver"] in COLORS]
+    panels = sorted(groups(plain, "trained", "bnr", "data").items(), key=str)[:3]
+    if not panels:
+        return None
+    figure, axes = plt.subplots(1, len(panels), squeeze=False, sharey=True, layout="constrained",
+                                figsize=(2 + 4 * len(panels), 4.6))
+    for axis, ((trained, bnr, _), same) in zip(axes[0], panels):
+        ends = []
+        for (solver,), of_solver in groups(same, "solver").items():
+            last = plot_means(axis, of_solver, "nfe", "rms", COLORS[solver])
+            ends.append((last, solver, COLORS[solver]))
+        axis.set(xscale="log", yscale="log")
+        axis.set_xticks(TICKS, TICKS)
+        axis.minorticks_off()
+        title = f"BNR {bnr}"
+        if trained != bnr:
+            title = f"network of {trained}, {title}"
+        axis.set(xlabel="NFE", title=title)
+    axes[0, 0].set_ylabel("rms to the converged solution")
+    label_lines(axes[0, -1], ends)
+    return figure
 
 
 def main():
     p, args = options()
-    with p.one_line_errors():
-        cells = Cells(args, "solvers")
-        if not args.plot_only:
-            compute(args, cells)
-        table(cells)
-        draw_plot(cells)
+    run(p, args, "solvers", FIELDS, compute, table, {"": draw_rms})
 
 
 if __name__ == "__main__":

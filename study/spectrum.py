@@ -1,7 +1,7 @@
 """The blur-to-noise ratio that the spectrum of the data suggests: "Which ratio?" in docs/method.md.
 
     python -m study.spectrum                           # dead leaves
-    python -m study.spectrum --data my-images/         # your own; the plot shows both
+    python -m study.spectrum --data my-images/         # your own; the figure shows both
 
 Noise of level sigma hides a frequency f (rad/pixel) once sigma^2 > S, the power of the images
 there. Blur of BNR sigma pixels removes it once f BNR sigma > 1. Both happen at the same level where
@@ -10,12 +10,14 @@ BNR = 1 / sqrt(A), with A = f^2 S.
 import numpy as np
 import torch
 
-from data import load
-from study.common import Cells, band_power, bands, parser, plotted
-from util import UserError, number
+from study.common import (Cells, band_power, bands, column, label_lines, load_once, mean_by_band,
+                          parser, run)
+from util.cli import UserError, number
 
 IMAGES = 4096                                   # at most: the lowest band is then known to 2 %
-BNRS = [0.5, 2, 10]                             # of the plot's lines
+BNRS = [0.5, 2, 10]                             # of the figure's lines
+FIELDS = [{"data": str, "resolution": int, "sample": (int, None), "frequency": [float],
+           "power": [float]}]
 
 
 def options():
@@ -33,70 +35,81 @@ def options():
     return p, args
 
 
-def spectrum(images):
+def spectrum(images: torch.Tensor):
     """uint8 images or floats [N, C, H, W] -> the mean lam and the mean power of the half-octave
     bands, lowest first, float64 [bands] each. lam is f^2."""
     lam, band = bands(*images.shape[2:])
-    mean_lam = torch.stack([lam[band == b].mean() for b in range(int(band.max()) + 1)])
-    parts = images.split(256)                                   # to bound the memory
-    return mean_lam, sum(band_power(part) * len(part) for part in parts) / len(images)
+    total = 0
+    for part in images.split(256):                              # to bound the memory
+        total = total + band_power(part) * len(part)
+    return mean_by_band(lam, band), total / len(images)
 
 
-def measured(args):
-    """The result of one data set, as plain types."""
-    images = load(args.data, args.resolution).images
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    lam, power = spectrum(images[order[:IMAGES]])
-    if not power.min() > 0:
-        raise UserError(f"{args.data} has bands of frequencies without any power, as images of one "
-                        "colour do: it suggests no ratio")
-    return {"images": min(len(images), IMAGES), "frequency": lam.sqrt().tolist(),
-            "power": power.tolist()}
+def compute(args, cells: Cells) -> list:
+    """The cell of the data that is asked for; the figure shows it beside the others there are."""
+    images = load_once(args.data, args.resolution).images
+
+    def value():
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        lam, power = spectrum(images[order[:IMAGES]])
+        if not power.min() > 0:
+            raise UserError(f"{args.data} has bands of frequencies without any power, as images of "
+                            "one color do: it suggests no ratio")
+        return {"frequency": lam.sqrt().tolist(), "power": power.tolist()}
+    cells.compute(value, images=images, data=args.data, resolution=args.resolution,
+                  sample=min(len(images), IMAGES))
+    return cells.cells
 
 
-def table(cell):
-    f, power = np.array(cell["frequency"]), np.array(cell["power"])
-    ratio = 1 / (f * np.sqrt(power))                            # 1 / sqrt(A)
-    slope, _ = np.polyfit(np.log(f), np.log(power), 1)
-    print(f"\n{cell['data']}, {cell['images']} images of {cell['resolution']} x "
-          f"{cell['resolution']}: frequency in rad/pixel, power, the noise level that hides it,\n"
-          "the blur in pixels that removes it, and the ratio (BNR) where both happen together\n"
-          f"{'frequency':>10}{'power':>12}{'noise':>10}{'blur':>10}{'ratio':>10}")
-    for row in zip(f, power, np.sqrt(power), 1 / f, ratio):
-        print("{:10.3f}{:12.4g}{:10.4g}{:10.3g}{:10.3g}".format(*row))
-    print(f"power falls as 1 / f^{-slope:.2f}\n"
-          f"suggested: a BNR below {ratio.min():.2f}, so that noise hides every band before blur "
-          "removes it")
+def table(cells: list) -> None:
+    for cell in cells:
+        f = np.array(cell["frequency"])
+        power = np.array(cell["power"])
+        ratio = 1 / (f * np.sqrt(power))                        # 1 / sqrt(A)
+        side = cell["resolution"]
+        print(f"\n{cell['data']}, {side} x {side}: frequency in rad/pixel, power, the noise level "
+              "that hides it,\nthe blur in pixels that removes it, and the ratio (BNR) where both "
+              f"happen together\n{'frequency':>10}{'power':>12}{'noise':>10}{'blur':>10}"
+              f"{'ratio':>10}")
+        for row in zip(f, power, np.sqrt(power), 1 / f, ratio):
+            print("{:10.3f}{:12.4g}{:10.4g}{:10.3g}{:10.3g}".format(*row))
+        print(f"power falls as 1 / f^{-slope(np.log(f), np.log(power)):.2f}\n"
+              f"suggested: a BNR below {ratio.min():.2f}, so that noise hides every band before "
+              "blur removes it")
 
 
-def draw_plot(cells):
-    """The levels from which noise hides a frequency, a curve for each data set, and from which blur
+def slope(x: np.ndarray, y: np.ndarray) -> float:
+    """Of the straight line of least squares."""
+    x = x - x.mean()
+    return (x * y).sum() / (x * x).sum()
+
+
+def draw_levels(plt, cells: list):
+    """The levels from which noise hides a frequency, a line for each data set, and from which blur
     removes it, a line for each ratio."""
-    def draw(plt):
-        figure, axes = plt.subplots(figsize=(7, 5))
-        for c in cells.cells:
-            axes.loglog(c["frequency"], np.sqrt(c["power"]), ".-",
-                        label=f"noise: {c['data']}, {c['resolution']} x {c['resolution']}")
-        f = np.concatenate([c["frequency"] for c in cells.cells])
-        ends = np.array([f.min(), f.max()])
-        for bnr, style in zip(BNRS, (":", "--", "-.")):
-            axes.loglog(ends, 1 / (bnr * ends), style, color="black", label=f"blur: BNR {bnr:g}")
-        axes.set(xlabel="frequency, rad/pixel", ylabel="noise level sigma",
-                 title="Above its line, noise hides a frequency, or blur removes it")
-        axes.legend()
-        return figure
-    plotted(cells.png, draw)
+    figure, axes = plt.subplots(figsize=(8, 4.8))
+    ends = []
+    for i, cell in enumerate(cells):
+        noise = np.sqrt(cell["power"])
+        axes.loglog(cell["frequency"], noise, ".-", color=f"C{i % 10}")
+        ends.append((noise[-1], f"noise hides it:\n{cell['data']}", f"C{i % 10}"))
+    frequencies = np.concatenate(column(cells, "frequency"))
+    span = np.array([frequencies.min(), frequencies.max()])
+    for bnr in BNRS:
+        blur = 1 / (bnr * span)
+        axes.loglog(span, blur, "--", color="gray", lw=1.5)
+        ends.append((blur[-1], f"blur removes it: BNR {bnr:g}", "gray"))
+    axes.minorticks_off()
+    axes.set_xticks([0.2, 0.5, 1, 2, 3], ["0.2", "0.5", "1", "2", "3"])
+    axes.set(xlabel="frequency, rad/pixel", ylabel="noise level sigma",
+             title="From which level on is a frequency gone?")
+    label_lines(axes, ends)
+    return figure
 
 
 def main():
     p, args = options()
-    with p.one_line_errors():
-        cells = Cells(args, "spectrum")
-        key = dict(data=args.data, resolution=args.resolution)
-        shown = cells.cells if args.plot_only else [cells.compute(key, lambda: measured(args))]
-        for cell in shown:
-            table(cell)
-        draw_plot(cells)
+    run(p, args, "spectrum", FIELDS, compute, table, {"": draw_levels})
 
 
 if __name__ == "__main__":
