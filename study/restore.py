@@ -1,0 +1,199 @@
+"""Restoring blurred and noisy images: the posterior mean in one evaluation, and draws from p(x0 | y).
+
+    python -m study.restore --ckpt any/ema.pt --data held-out/        # a network of --bnr any
+
+The network has not been trained to restore: a degraded image y = blur(x0, alpha) + sigma n is a
+state of the forward process. Beside it stands the Wiener filter, which is the posterior mean for
+Gaussian images of the same mean and spectrum. Then the levels that the network is given are wrong.
+"""
+import torch
+from tqdm import tqdm
+
+from degrade import AnyBNR, ConstantBNR, attenuation, dct2, degrade, idct2
+from sample import STEPS, ancestral, generate, multistep_times, sampling_schedule
+from study.common import (Cells, Measure, digest_of, load_once, loaded, parser, references, run,
+                          top_bands)
+from util.cli import UserError, add_device_option, number
+from util.images import labeled_grid, normalize, to_uint8
+
+LEVELS = [(1., 0.1), (1., 0.3), (0.5, 0.3), (2., 0.4)]          # blur in pixels, noise
+WRONG = [(1, 0.5), (1, 2), (0.5, 1), (2, 1)]    # what the given blur and noise are multiplied by
+DRAWS = 8                                       # of each image
+SHOWN = 10                                      # images in the picture
+METHODS = ["input", "Wiener", "D + R", "one draw", f"mean of {DRAWS}"]
+BASE = {"network": str, "data": str, "alpha": float, "sigma": float, "steps": int,
+        "methods": [str], "psnr": [float], "distance": [float], "power": [[float]]}
+FIELDS = [{**BASE, "given": None, "spread": float, "floor": float},
+          {**BASE, "given": {"alpha": float, "sigma": float}}]
+
+
+def options():
+    p = parser("restore", "PSNR and distance of restored images: the input, the Wiener filter, the "
+                          "network's mean and its draws.")
+    a = p.add_argument
+    a("--ckpt", default="run/ema.pt", help="the model: ema.pt of train.py (default run/ema.pt)")
+    a("--data", help="images that it was not trained on: some are degraded and restored, all others "
+      "make the reference and the filter (default: those that it was trained on)")
+    a("--images", type=number(int, 10), default=200, help="to restore (default 200)")
+    a("--steps", type=number(int, 1), default=STEPS["ancestral"],
+      help=f"evaluations of a draw (default {STEPS['ancestral']})")
+    add_device_option(p)
+    args = p.parse_args()
+    if args.quick:
+        args.images = 10
+        args.steps = 3
+    return p, args
+
+
+def compute(args, cells: Cells) -> list:
+    net, checkpoint = loaded(args.ckpt, args.device)
+    if net.classes or checkpoint["data"].get("latents"):
+        raise UserError(f"{args.ckpt}: restoring is tried with images and without classes")
+    data = args.data or checkpoint["options"]["data"]
+    side = checkpoint["data"]["shape"][1]
+    count = len(load_once(data, side).images)
+    if count < 2 * args.images:
+        raise UserError(f"{data} has {count} images, and --images {args.images} needs twice as many")
+    images = references(data, side, args.images)
+    others = references(data, side, min(count - args.images, 5000), skip=args.images)
+    measure = Measure(others[:50] if args.quick else others, args.device)
+    key = {"images": torch.cat([images, others]), "checkpoint": args.ckpt, "steps": args.steps,
+           "network": str(checkpoint["config"]["bnr"]), "data": load_once(data, side).name,
+           "count": args.images}
+
+    pairs = levels_of(checkpoint)
+    for alpha, sigma in pairs:
+        def right():
+            return restored(net, images, others, alpha, sigma, args.steps, measure)
+        cells.compute(right, alpha=alpha, sigma=sigma, given=None, **key)
+    alpha, sigma = pairs[min(1, len(pairs) - 1)]
+    for more_blur, more_noise in WRONG:
+        given = {"alpha": more_blur * alpha, "sigma": more_noise * sigma}
+
+        def wrong():
+            return misled(net, images, alpha, sigma, given, args.steps, measure)
+        if given["alpha"] <= AnyBNR.max_bnr * given["sigma"] and key["network"] == "any":
+            cells.compute(wrong, alpha=alpha, sigma=sigma, given=given, **key)
+    picture(net, images[:SHOWN], others, alpha, sigma, args.steps, cells.file.with_suffix(".png"))
+    return cells.cells
+
+
+def levels_of(checkpoint: dict) -> list:
+    """LEVELS, or the same noise with the blur that a network of one ratio knows."""
+    schedule = sampling_schedule(checkpoint)
+    if isinstance(schedule, AnyBNR):
+        return LEVELS
+    if checkpoint["config"]["mean_color"]:
+        raise UserError("restoring is tried with noise, which --bnr inf does not have")
+    sigmas = sorted({sigma for _, sigma in LEVELS})
+    return [(round(schedule.levels(sigma)[0].item(), 6), sigma) for sigma in sigmas]
+
+
+def degraded(images: torch.Tensor, alpha: float, sigma: float, device) -> torch.Tensor:
+    """float64 [N, C, H, W]: equation (1) with one draw of the noise for all."""
+    x0 = normalize(images).double().to(device)
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y, _ = degrade(x0, alpha, sigma, noise.to(device))
+    return y
+
+
+def wiener(y: torch.Tensor, others: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
+    """The best linear estimate of x0, from the mean and the variance of each DCT coefficient over
+    other images."""
+    u = dct2(normalize(others).double()).to(y.device)
+    mean = u.mean(0)
+    variance = u.var(0)
+    m = attenuation(alpha, y)
+    gain = m * variance / (m ** 2 * variance + sigma ** 2)
+    return idct2(mean + gain * (dct2(y) - m * mean))
+
+
+@torch.no_grad()
+def posterior_mean(net, y, alpha: float, sigma: float) -> torch.Tensor:
+    levels = torch.tensor([alpha, sigma], dtype=torch.float64, device=y.device)
+    d, r = net(y, *levels)
+    return d.double() + r.double()
+
+
+def draws(net, y, alpha: float, sigma: float, steps: int, n: int) -> torch.Tensor:
+    """n draws for each image: float64 [n, N, C, H, W]."""
+    generator = torch.Generator().manual_seed(1)
+    times = multistep_times(steps, *y.shape[2:], t_max=sigma)
+
+    def randn():
+        return torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    schedule = ConstantBNR(alpha / sigma)
+    return torch.stack([ancestral(net, schedule, y, times, randn)
+                        for _ in tqdm(range(n), f"alpha {alpha:g}, sigma {sigma:g}", delay=1)])
+
+
+def scores(names: list, pictures: list, images: torch.Tensor, measure: Measure) -> dict:
+    """PSNR, distance and power of sets of pictures, float [N, C, H, W] in [-1, 1]."""
+    x0 = normalize(images).double()
+    cell = {"methods": names, "psnr": [], "distance": [], "power": []}
+    for x in pictures:
+        error = (x.cpu().clamp(-1, 1) - x0).square().mean((1, 2, 3))            # [N]
+        cell["psnr"].append(round((10 * (4 / error).log10()).mean().item(), 3))
+        measured = measure(to_uint8(x).cpu())
+        cell["distance"].append(measured["distance"])
+        cell["power"].append(measured["power"])
+    return cell
+
+
+def restored(net, images, others, alpha, sigma, steps: int, measure: Measure) -> dict:
+    """The scores of all methods. spread: the variance of the draws over the mean square error of
+    D + R, which is 1 where both heads and draws are exact."""
+    y = degraded(images, alpha, sigma, next(net.parameters()).device)
+    mean = posterior_mean(net, y, alpha, sigma)
+    x = draws(net, y, alpha, sigma, steps, DRAWS)
+    error = (mean.cpu() - normalize(images)).square().mean()
+    pictures = [y, wiener(y, others, alpha, sigma), mean, x[0], x.mean(0)]
+    cell = scores(METHODS, pictures, images, measure)
+    cell["spread"] = round((x.var(0).mean().cpu() / error).item(), 3)
+    cell["floor"] = measure(images)["distance"]
+    return cell
+
+
+def misled(net, images, alpha, sigma, given: dict, steps: int, measure: Measure) -> dict:
+    """The same where the network is given other levels than the image has."""
+    y = degraded(images, alpha, sigma, next(net.parameters()).device)
+    mean = posterior_mean(net, y, **given)
+    draw = draws(net, y, steps=steps, n=1, **given)[0]
+    return scores(["D + R", "one draw"], [mean, draw], images, measure)
+
+
+def picture(net, images, others, alpha, sigma, steps: int, filename) -> None:
+    y = degraded(images, alpha, sigma, next(net.parameters()).device)
+    rows = [("photograph", normalize(images)), (f"blur {alpha:g}, noise {sigma:g}", y),
+            ("Wiener", wiener(y, others, alpha, sigma)),
+            ("D + R", posterior_mean(net, y, alpha, sigma))]
+    for x in draws(net, y, alpha, sigma, steps, 4):
+        rows.append(("a draw", x))
+    rows = [(label, list(row.cpu().float())) for label, row in rows]
+    labeled_grid(rows, [str(i + 1) for i in range(len(images))], filename)
+    print(filename)
+
+
+def table(cells: list) -> None:
+    for cell in cells:
+        title = f"\n{cell['data']}, network of {cell['network']}, {cell['kimg']:g} kimg, " \
+                f"{cell['count']} images, {cell['steps']} evaluations a draw: blur " \
+                f"{cell['alpha']:g} pixels, noise {cell['sigma']:g}"
+        if cell["given"]:
+            print(f"{title}; given as {cell['given']['alpha']:g}, {cell['given']['sigma']:g}")
+        else:
+            print(f"{title}; variance of draws {cell['spread']:.2f} of D + R's error; distance of "
+                  f"as many others {cell['floor']:.1f}")
+        for method, psnr, distance, power in zip(cell["methods"], cell["psnr"], cell["distance"],
+                                                 cell["power"]):
+            print(f"{method:12}PSNR {psnr:5.2f}   distance {distance:6.1f}   power "
+                  f"{top_bands({'power': power})}")
+
+
+def main():
+    p, args = options()
+    run(p, args, "restore", FIELDS, compute, table, {})
+
+
+if __name__ == "__main__":
+    main()
