@@ -215,18 +215,14 @@ def multistep_times(n: int, h: int, w: int, schedule: Schedule, t_min: float = 0
 
     They are even in ln(1 + a / sigma): in ln sigma below a, where an image of h x w appears, and in
     1 / sigma above it, where the estimate is still the mean of all images. The last is where the
-    image is finished: the noise is at most 4.5 / n^2 there and the blur 0.8 / n pixels.
+    image is finished: the noise is at most 4.5 / n^2 there and the blur 0.8 / n pixels. A range from
+    t_min to t_max that is short ends above it.
     """
+    a = 4 * (h * w) ** 0.25
     last = 4.5 / n ** 2
     alpha, sigma = schedule.levels(last)
     if alpha > 0.8 / n:
         last = (0.8 / n * sigma / alpha).item()
-    return even_times(n, 4 * (h * w) ** 0.25, last, t_min, t_max)
-
-
-def even_times(n: int, a: float, last: float, t_min: float, t_max: float):
-    """n levels from t_max to `last`, even in ln(1 + a / sigma), then 0: float64 [n + 1]. Where the
-    range from t_min to t_max is short, it ends above `last`."""
     last = min(max(last, t_min), math.sqrt(t_min * t_max))
     start = math.log1p(a / t_max)
     end = math.log1p(a / last)
@@ -326,11 +322,10 @@ def sample(net, schedule: Schedule, z: torch.Tensor, steps: int | None = None, m
         has_noise = schedule.levels(t_max)[1] > 0
         if churn or not has_noise:
             raise UserError(f"{solver} needs a schedule with noise and no churn: use heun or euler")
+        times = multistep_times(steps, h, w, schedule, t_min, t_max)
         if solver == "multistep":
-            times = multistep_times(steps, h, w, schedule, t_min, t_max)
             x = multistep(net, schedule, x, times, watch)
         else:
-            times = even_times(steps, 1.5 * math.sqrt(h * w), 0.36 / steps, t_min, t_max)
             x = ancestral(net, schedule, x, times, randn, watch)
     else:
         climber = None

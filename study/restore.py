@@ -118,11 +118,11 @@ def posterior_mean(net, y, alpha: float, sigma: float) -> torch.Tensor:
 def draws(net, y, alpha: float, sigma: float, steps: int, n: int) -> torch.Tensor:
     """n draws for each image: float64 [n, N, C, H, W]."""
     generator = torch.Generator().manual_seed(1)
-    times = multistep_times(steps, *y.shape[2:], t_max=sigma)
+    schedule = ConstantBNR(alpha / sigma)
+    times = multistep_times(steps, *y.shape[2:], schedule, t_max=sigma)
 
     def randn():
         return torch.randn(y.shape, generator=generator, dtype=torch.float64)
-    schedule = ConstantBNR(alpha / sigma)
     return torch.stack([ancestral(net, schedule, y, times, randn)
                         for _ in tqdm(range(n), f"alpha {alpha:g}, sigma {sigma:g}", delay=1)])
 
