@@ -34,7 +34,7 @@ def options():
     a("--ckpt", default="run/ema.pt", help="the model: ema.pt of train.py (default run/ema.pt)")
     a("--data", help="images that it was not trained on: some are degraded and restored, all others "
       "make the reference and the filter (default: those that it was trained on)")
-    a("--images", type=number(int, 10), default=200, help="to restore (default 200)")
+    a("--images", type=number(int, 10), default=100, help="to restore (default 100)")
     a("--steps", type=number(int, 1), default=STEPS["ancestral"],
       help=f"evaluations of a draw (default {STEPS['ancestral']})")
     add_device_option(p)
