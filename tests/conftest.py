@@ -1,12 +1,10 @@
 import os
 
+import pytest
+
 # The tests are small: a second thread gains little, and where it waits for a busy core they take
 # many times as long. This has to be set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes minutes; run by python -m pytest -m slow")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -15,3 +13,13 @@ def pytest_collection_modifyitems(config, items):
         slow = [item for item in items if "slow" in item.keywords]
         items[:] = [item for item in items if "slow" not in item.keywords]
         config.hook.pytest_deselected(items=slow)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder of ten image files, which no test changes."""
+    from runs import encoded                                    # which imports torch
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(10):
+        (folder / f"{i}.png").write_bytes(encoded(i))
+    return folder
