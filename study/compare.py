@@ -41,6 +41,7 @@ from util.run import MAY_CHANGE_ON_RESUMING, kimg_name, named_schedule
 PARTS = ("schedule", "loss", "network", "optimizer")            # what a file of one's own may have
 NO_MATTER = MAY_CHANGE_ON_RESUMING - {"lr", "precision", "attention"}      # to a network's weights
 FIXED = NO_MATTER | {"seed", "resolution", "cond"}              # what cannot be varied
+SAMPLES = 5000                                  # a cell, unless something else is said
 LOSS_IMAGES = 2500                              # held-out images that the losses are measured on
 LOSS_LEVELS = 20
 # Student's t, 97.5 %, for 1 to 30 degrees of freedom
@@ -58,7 +59,7 @@ FIELDS = [{"kind": "loss", "seed": int, "kimg": float, "images": (str, None), "s
 @dataclass
 class Variant:
     """The networks of one value, which differ in their seed alone."""
-    label: str
+    label: tuple                                # the option and its value
     argv: list                                  # the options of train.py
     options: dict                               # those that the preset has otherwise, and bnr
     parts: dict                                 # of one's own
@@ -87,7 +88,7 @@ def options():
       help="default multistep")
     a("--nfe", type=number(int, 1), nargs="+", default=[18],
       help="network evaluations, one for each solver (default 18)")
-    a("--samples", type=number(int, 50), default=5000, help="a cell (default 5000)")
+    a("--samples", type=number(int, 50), default=SAMPLES, help="a cell (default 5000)")
     a("--name", default="compare", help="of the files in --results (default compare)")
     a("--runs", default="runs/compare", help="folder of the networks (default runs/compare)")
     a("--compile", action="store_true", help="torch.compile sampler and measure: on a CPU 1.4 "
@@ -280,7 +281,8 @@ def cells_of(args, cells: Cells, variant: Variant, seed: int, filename: Path, he
 
     def losses():
         net, _ = load()
-        return held_out_losses(net, schedule_of(variant), held_out, args.device)
+        losses = held_out_losses(net, schedule_of(variant), held_out, args.device)
+        return {**losses, "data": held_out.name}
     compute_cell(losses, kind="loss", loss_images=LOSS_IMAGES)
 
     for solver, nfe in zip(args.solver, args.nfe):
@@ -292,7 +294,7 @@ def cells_of(args, cells: Cells, variant: Variant, seed: int, filename: Path, he
             images = draw_samples(net, checkpoint, schedule_of(variant), range(args.samples),
                                   args.device, steps=steps, solver=solver)
             matched = measure(match_power(images, measure.power))
-            return {**measure(images), "matched": matched["distance"]}
+            return {**measure(images), "matched": matched["distance"], "data": held_out.name}
         cell = compute_cell(measured_samples, kind="samples", solver=solver, nfe=evaluations,
                             samples=args.samples)
         print(f"{' '.join(variant.label)}, seed {seed}, {cell['kimg']:g} kimg, {solver} "
@@ -390,14 +392,13 @@ def with_network(cell: dict) -> dict:
     return {**cell, "network": {"preset": "tiny", "bnr": cell["bnr"]}, "images": CLAIM_IMAGES}
 
 
-def comparisons(variants: list, cells: list):
+def comparisons(variants: list, cells: list, kind: str):
     """Yields (variant, a list of pairs for each checkpoint), for each value but the first and each
     way to measure. A pair: the cells of one seed, the first value's and the other's."""
     first, *others = variants
-    cells = list(map(with_network, cells))
-    ways = groups(cells, "images", "kind", "solver", "nfe", "samples").values()
+    ways = groups(matching(cells, kind=kind), "solver", "nfe", "samples").values()
     for other in others:
-        for same in sorted(ways, key=lambda same: same[0]["kind"] == "loss"):   # these come last
+        for same in ways:
             by_kimg = []
             for _, at_kimg in sorted(groups(same, "kimg").items()):
                 pairs = pairs_of(by_seed(at_kimg, first), by_seed(at_kimg, other))
@@ -421,18 +422,31 @@ def differences(pairs: list, value) -> list:
 
 def table(variants: list, cells: list) -> None:
     """For each value but the first, each measure and checkpoint: the mean of the first value, the
-    mean difference d, its interval, its p value, and d seed by seed."""
+    mean difference d, its interval, its p value, and d seed by seed. Images by images. Raises
+    UserError where there are no pairs."""
     name, first = variants[0].label
-    print(f"\n| {name} | solver, NFE | measure | kimg | pairs | {first}, mean | d, mean | 95 % | p "
-          "| d by seed |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for other, by_kimg in comparisons(variants, cells):
-        measures = SAMPLE_MEASURES
-        if by_kimg and by_kimg[0][0][0]["kind"] == "loss":
-            measures = LOSS_MEASURES
+    tables = 0
+    for (images,), same in groups(list(map(with_network, cells)), "images").items():
+        rows = rows_of(variants, same, "samples", SAMPLE_MEASURES)
+        rows += rows_of(variants, same, "loss", LOSS_MEASURES)
+        if rows:
+            tables += 1
+            print(f"\n{same[-1].get('data', 'photographs')}, held-out images {images}\n\n"
+                  f"| {name} | solver, NFE | measure | kimg | pairs | {first}, mean | d, mean | "
+                  "95 % | p | d by seed |\n|---|---|---|---|---|---|---|---|---|---|")
+            print(*rows, sep="\n")
+    if not tables:
+        raise UserError("the results have no pairs of these values: repeat the options that they "
+                        "were made with")
+
+
+def rows_of(variants: list, cells: list, kind: str, measures: dict) -> list:
+    rows = []
+    for other, by_kimg in comparisons(variants, cells, kind):
         for measure, (value, digits) in measures.items():
             for pairs in by_kimg:
-                print(row(other, measure, value, digits, pairs))
+                rows.append(row(other, measure, value, digits, pairs))
+    return rows
 
 
 def row(other: Variant, measure: str, value, digits: int, pairs: list) -> str:
@@ -445,23 +459,31 @@ def row(other: Variant, measure: str, value, digits: int, pairs: list) -> str:
     cell = pairs[0][0]
     way = ""
     if cell["kind"] == "samples":
-        way = f"{cell['solver']}, {cell['nfe']}"
+        way = way_of(cell)
     return (f"| {other.label[1]} | {way} | {measure} | {cell['kimg']:g} | {len(d)} | "
             f"{first_mean:.{digits}f} | {middle:+.{digits}f} | {spread} | {sign_flip_p(d):.3g} | "
             f"{listed(d, f'+.{digits}f')} |")
+
+
+def way_of(cell: dict) -> str:
+    way = f"{cell['solver']}, {cell['nfe']}"
+    if cell["samples"] != SAMPLES:
+        way += f", {cell['samples']} samples"
+    return way
 
 
 def draw_distances(variants: list, plt, cells: list):
     """The difference of the distance: a line for each value and checkpoint, with its interval; a
     point for each seed."""
     name, first = variants[0].label
+    cells = list(map(with_network, cells))
+    cells = matching(cells, images=cells[-1].get("images"))     # of one set: the last
     lines = []
-    for other, by_kimg in comparisons(variants, cells):
+    for other, by_kimg in comparisons(variants, cells, "samples"):
         for pairs in by_kimg:
             cell = pairs[0][0]
-            if cell["kind"] == "samples":
-                label = f"{other.label[1]}, {cell['kimg']:g} kimg, {cell['solver']} {cell['nfe']}"
-                lines.append((label, differences(pairs, lambda c: c["distance"])))
+            label = f"{other.label[1]}, {cell['kimg']:g} kimg, {way_of(cell)}"
+            lines.append((label, differences(pairs, SAMPLE_MEASURES["distance"][0])))
     if not lines:
         return None
     figure, axes = plt.subplots(figsize=(8, 1.6 + 0.55 * len(lines)))

@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,7 +43,6 @@ COMMANDS = {                                    # program: the rest of its comma
     "speed": "--device cpu --channels 8 --mult 1 --attention".split(),
     "blind": "--ckpt any/ema.pt --bnr 0.5 --device cpu".split(),
 }
-PUBLISHED = [name for name in COMMANDS if name != "compare"]    # cells in study/results/NAME.jsonl
 OWN = """
 import torch
 from degrade import ConstantBNR
@@ -139,26 +137,23 @@ def test_each_program_from_its_start_to_its_figures(name, folder, tmp_path):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_results_that_are_missing_or_hold_something_else(name, tmp_path):
-    code, out, err = start(name, "--plot-only", "--results", tmp_path)
+    only = ["--plot-only", "--results", tmp_path]
+    code, out, err = start(name, *only)
     assert code == 2 and err.count("\n") == 1 and "has no results yet" in err
-    assert not list(tmp_path.iterdir())
-    others = [b"\xff\x00\xfe", b"[1]", b"3", b"null", b'"text"', b"{}", b"[" * 100_000,
+    others = [b"\xff\x00\xfe", b"[1]", b"null", b'"text"', b"{}", b"[" * 100_000,
               b'{"kind": "samples", "distance": "far", "power": {}, "seed": []}',
               b'{"distance": NaN, "rms": 1e999, "t": [], "run": 1, "log": {}, "network": {}}']
     (tmp_path / f"{name}.jsonl").write_bytes(b"\n".join(others))
-    code, out, err = start(name, "--plot-only", "--results", tmp_path)
+    code, out, err = start(name, *only)
     lines = err.splitlines()
-    assert code == 2 and len(lines) == 2 and "9 lines are no cells of this program" in lines[0]
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_published_results_give_their_table_among_other_lines(name, tmp_path):
+    assert code == 2 and len(lines) == 2 and "8 lines are no cells of this program" in lines[0]
+    if name == "compare":
+        return
     published = (ROOT / f"study/results/{name}.jsonl").read_bytes()
     (tmp_path / f"{name}.jsonl").write_bytes(b'{"power": 1}\n' + published + b'{"incompl')
-    code, out, err = start(name, "--plot-only", "--results", tmp_path)
-    assert code == 0 and len(out.splitlines()) > 3
+    code, out, err = start(name, *only)
+    assert code == 0 and len(out.splitlines()) > 3 and "nan" not in out
     assert err.splitlines()[0].endswith("2 lines are no cells of this program, and left out")
-    assert "nan" not in out
 
 
 def test_mistakes_are_answered_in_one_line_before_anything_is_trained(folder, tmp_path):
@@ -168,8 +163,6 @@ def test_mistakes_are_answered_in_one_line_before_anything_is_trained(folder, tm
     for more, words in ((["--data", "nothing"], "nothing does not exist"),
                         (["--vary", "seed=0,1"], "choose among parts, "),
                         (["--vary", "bnr=0"], "must be like bnr=0,0.5"),
-                        (["--vary", "bnr=0,cold"], "must be a number"),
-                        (["--vary", f"parts=none,{tmp_path}/no.py"], "no.py does not exist"),
                         (["--vary", f"parts=none,{own}"], "loss must be a function"),
                         (["--chanels", "8"], "unrecognized arguments"),
                         (["--solver", "heun", "euler"], "one number for each solver")):
@@ -181,13 +174,12 @@ def test_mistakes_are_answered_in_one_line_before_anything_is_trained(folder, tm
 
 
 def test_a_damaged_log_shows_its_whole_lines(folder, tmp_path):
-    shutil.copytree(folder / "any", tmp_path / "run")
-    lines = (folder / "any/log.jsonl").read_text().splitlines()
+    lines = Path("any/log.jsonl").read_text().splitlines()
     last = {**json.loads(lines[-1]), "kimg": 0.5, "denoise": 9.}
     log = [lines[0], "[3]", '{"kimg": 1}', json.dumps(last), '{"kimg']
-    (tmp_path / "run/log.jsonl").write_text("\n".join(log))
-    (tmp_path / "run/options.json").write_text("no json")
-    code, out, err = start("curves", tmp_path / "run", "--results", tmp_path)
+    (tmp_path / "log.jsonl").write_text("\n".join(log))
+    (tmp_path / "options.json").write_text("no json")
+    code, out, err = start("curves", tmp_path, "--results", tmp_path)
     assert code == 0 and out.splitlines()[3].split()[1:3] == ["0.5", "9.0000"], err
 
 
@@ -200,21 +192,20 @@ def cells_in(folder, fields=({},)):
 
 
 def test_a_cells_key_is_its_images_its_checkpoint_and_all_options(tmp_path):
-    images = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
-    checkpoint = tmp_path / "ema.pt"
+    zeros = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
     computed = []
 
-    def cell(images=images, seen=1000, weight=0., **options):
-        torch.save({"weights": torch.tensor(weight), "seen": seen}, checkpoint)
+    def cell(images=zeros, seen=1000, weight=0., solver="heun", **options):
+        torch.save({"weights": torch.tensor(weight), "seen": seen}, tmp_path / "ema.pt")
 
         def value():
             computed.append(1)
             return {"value": len(computed)}
-        return cells_in(tmp_path).compute(value, images, checkpoint, **{"solver": "heun",
-                                                                        **options})
+        return cells_in(tmp_path).compute(value, images, tmp_path / "ema.pt", solver=solver,
+                                          **options)
     first = cell()
     assert first["kimg"] == 1 and first["value"] == 1 and cell() == first and len(computed) == 1
-    cell(images=images + 1)
+    cell(images=zeros + 1)
     cell(seen=2000)
     cell(weight=1.)
     cell(solver="euler")
@@ -254,13 +245,11 @@ def test_programs_that_run_at_once_write_each_cell_once(tmp_path):
 def test_what_fits_a_kind():
     cell = {"a": 1, "b": [1, 2.5], "c": None, "d": "x", "e": [3], "f": [[1, 2], [3, 4]]}
     assert fits(cell, {"a": float, "b": [float], "c": (str, None), "d": "x", "f": [[int, int]]})
-    for kinds in ({"a": str}, {"b": [int]}, {"d": "y"}, {"g": float}, {"f": [[int]], "b": [str]},
-                  {"f": [[int, int, int]]}, {"e": float}, {"c": [None]}):
+    for kinds in ({"a": str}, {"b": [int]}, {"d": "y"}, {"g": float}, {"e": float},
+                  {"f": [[int, int, int]]}, {"b": [float], "e": [int]}):
         assert not fits(cell, kinds), kinds
     for value in (True, math.nan, math.inf, 10 ** 400, "1"):
         assert not fits(value, float)
-    assert not fits({"t": [1], "distance": [1, 2]}, {"t": [float], "distance": [float]})
-    assert not fits({"t": []}, {"t": [float]})
 
 
 # The comparison
@@ -272,20 +261,19 @@ def test_the_claim_comes_out_of_its_cells_to_the_digit(tmp_path):
     code, out, err = start("compare", "--plot-only", "--results", tmp_path, "--name", "claim")
     rows = out.splitlines()
     assert code == 0 and sum(row.startswith("| 0.5 |") for row in rows) == 37, err
-    for row in (
-            "| 0.5 | multistep, 18 | distance | 60 | 6 | 176.5 | -16.1 | +-14.3 | 0.0312 | "
-            "-35.2, -11.1, -7.4, -8.9, -31.3, -2.8 |",
-            "| 0.5 | multistep, 18 | distance | 240 | 6 | 104.8 | -6.1 | +-4.6 | 0.0312 | "
-            "-5.3, -14.1, -5.9, -1.2, -3.8, -6.5 |",
-            "| 0.5 | multistep, 18 | matched distance | 60 | 6 | 177.5 | -14.3 | +-14.8 | 0.0625 | "
-            "-35.1, -9.5, -6.9, -6.3, -28.3, +0.5 |",
-            "| 0.5 | multistep, 18 | power, band -1 | 240 | 6 | 1.00 | +0.04 | +-0.01 | 0.0312 | "
-            "+0.04, +0.03, +0.02, +0.05, +0.05, +0.05 |",
-            "| 0.5 | heun, 35 | distance | 240 | 6 | 113.6 | -6.7 | +-5.7 | 0.0625 | "
-            "-5.9, -16.3, -7.4, +0.3, -4.6, -6.5 |",
-            "| 0.5 |  | loss, both | 240 | 6 | 0.27296 | -0.01764 | +-0.00073 | 0.0312 | "
-            "-0.01843, -0.01834, -0.01665, -0.01783, -0.01742, -0.01717 |"):
-        assert row in rows
+    for row in ("multistep, 18 | distance | 60 | 6 | 176.5 | -16.1 | +-14.3 | 0.0312 | "
+                "-35.2, -11.1, -7.4, -8.9, -31.3, -2.8 |",
+                "multistep, 18 | distance | 240 | 6 | 104.8 | -6.1 | +-4.6 | 0.0312 | "
+                "-5.3, -14.1, -5.9, -1.2, -3.8, -6.5 |",
+                "multistep, 18 | matched distance | 60 | 6 | 177.5 | -14.3 | +-14.8 | 0.0625 | "
+                "-35.1, -9.5, -6.9, -6.3, -28.3, +0.5 |",
+                "multistep, 18 | power, band -1 | 240 | 6 | 1.00 | +0.04 | +-0.01 | 0.0312 | "
+                "+0.04, +0.03, +0.02, +0.05, +0.05, +0.05 |",
+                "heun, 35 | distance | 240 | 6 | 113.6 | -6.7 | +-5.7 | 0.0625 | "
+                "-5.9, -16.3, -7.4, +0.3, -4.6, -6.5 |",
+                " | loss, both | 240 | 6 | 0.27296 | -0.01764 | +-0.00073 | 0.0312 | "
+                "-0.01843, -0.01834, -0.01665, -0.01783, -0.01742, -0.01717 |"):
+        assert f"| 0.5 | {row}" in rows
 
 
 def test_interval_and_p_value_of_paired_differences():
@@ -353,14 +341,7 @@ def test_matched_images_have_the_power_that_is_asked_for():
     assert difference.abs().max() < 2           # the mean of an image stays
 
 
-def test_the_sweep_takes_models_of_one_size_and_keeps_unlike_cells_apart(folder, tmp_path):
-    need("sweep")
-    checkpoint = torch.load("hot/ema.pt", weights_only=True)
-    checkpoint["data"]["shape"] = [3, 32, 32]
-    torch.save(checkpoint, tmp_path / "large.pt")
-    code, out, err = start("sweep", "--quick", "--device", "cpu", "--results", tmp_path, "--ckpt",
-                           "any/ema.pt", tmp_path / "large.pt")
-    assert code == 2 and "compare them apart" in err and err.count("\n") == 1
+def test_the_sweep_keeps_unlike_cells_apart(tmp_path):
     cell = {"data": "set", "samples": 50, "kimg": 1, "network": "any", "bnr": 0.5, "seed": 0,
             "path": None, "solver": "heun", "nfe": 35, "power": [9, 1, 1.1, 1.2]}
     cells = [{**cell, "seed": seed, "distance": 100 + 10 * seed} for seed in range(3)]
@@ -381,9 +362,7 @@ def test_half_octave_bands_hold_every_frequency_but_the_mean():
     assert band[0, 0] == -1 and (band.flatten()[1:] >= 0).all()
     for b in range(int(band.max()) + 1):
         inside = lam[band == b] / lam[lam > 0].min()
-        assert inside.max() < 2 * inside.min() * (1 + 1e-9)
-        first, last = (math.floor(math.log2(v) + 1e-6) for v in (inside.min(), inside.max()))
-        assert first == last
+        assert (inside.log2() + 1e-6).floor().unique().numel() == 1
 
 
 def test_band_power_of_white_noise_is_flat_and_of_a_power_law_is_its_law():
@@ -403,10 +382,9 @@ def test_the_distance_of_a_set_to_itself_is_zero_and_of_other_contrast_is_not(fo
     images = leaves(60, 16)
     measure = Measure(images)
     same = measure(images)
-    assert abs(same["distance"]) < 1e-2 and same["power"] == [1.] * len(same["power"])
+    assert abs(same["distance"]) < 1e-2 and set(same["power"]) == {1.}
     gray = measure((images.float() / 2 + 63.75).round().byte())
-    assert gray["distance"] > 10
-    assert gray["power"] == pytest.approx([0.25] * len(gray["power"]), abs=0.01)
+    assert gray["distance"] > 10 and np.allclose(gray["power"], 0.25, atol=0.01)
 
 
 def test_the_spectrum_is_what_the_images_were_made_with():
@@ -420,20 +398,15 @@ def test_the_spectrum_is_what_the_images_were_made_with():
 
 def test_the_spectrum_suggests_one_over_the_root_of_a(tmp_path):
     s = power_law(16, 16, total=0.05)
-    (tmp_path / "set").mkdir()
-    for i in range(20):
-        x = to_uint8(gaussian_images(1, 3, s, torch.Generator().manual_seed(i)))
-        Image.fromarray(x[0].permute(1, 2, 0).numpy()).save(tmp_path / f"set/{i}.png")
-    code, out, err = start("spectrum", "--data", tmp_path / "set", "--resolution", 16, "--results",
-                           tmp_path)
+    x = to_uint8(gaussian_images(20, 3, s, torch.Generator().manual_seed(0)))
+    np.save(tmp_path / "set.npy", x.permute(0, 2, 3, 1).numpy())
+    code, out, err = start("spectrum", "--data", tmp_path / "set.npy", "--resolution", 16,
+                           "--results", tmp_path)
     words = [line.split() for line in out.splitlines()]
-    rows = [list(map(float, row)) for row in words if len(row) == 5 and row[0][0].isdigit()]
-    for f, power, sigma, alpha, bnr in rows:
-        expected = (power ** 0.5, 1 / f, 1 / (f * power ** 0.5))
-        assert (sigma, alpha, bnr) == pytest.approx(expected, rel=0.01)
-    slope = next(float(row[-1][2:]) for row in words if row[:2] == ["power", "falls"])
+    slope, = (float(row[-1][2:]) for row in words if row[:2] == ["power", "falls"])
     assert slope == pytest.approx(2, abs=0.15)
-    assert rows[0][4] == pytest.approx((s * frequencies(16, 16))[1, 0].item() ** -0.5, rel=0.2)
+    first = next(row for row in words if row[:1] == ["0.196"])
+    assert float(first[4]) == pytest.approx((s * frequencies(16, 16))[1, 0].item() ** -0.5, rel=0.2)
 
 
 # Manifold
@@ -486,20 +459,19 @@ def test_a_class_conditional_model_is_compared_with_the_images_of_its_class(tmp_
         (tmp_path / "two" / name).mkdir(parents=True)
         for i in range(4):
             Image.fromarray(np.full((8, 8), shade, np.uint8)).save(tmp_path / f"two/{name}/{i}.png")
-    data = str(tmp_path / "two")
-    train.train(train.options(["--data", data, "--cond", "--resolution", "8", "--duration", "0.008",
-                               "--out", str(tmp_path / "run"), *SMALL]))
-    common = ["--ckpt", tmp_path / "run/ema.pt", "--quick", "--results", tmp_path, "--device",
-              "cpu"]
-    last = {}
+    run = ["--data", str(tmp_path / "two"), "--out", str(tmp_path), "--cond", "--resolution", "8",
+           "--duration", "0.008"]
+    train.train(train.options(run + SMALL))
+    common = ["--ckpt", tmp_path / "ema.pt", "--quick", "--results", tmp_path, "--device", "cpu"]
+    tables = {}
     for name in ("black", "white"):
         code, out, err = start("manifold", *common, "--class", name)
         assert code == 0 and f"of class {name}" in out, err
-        last[name] = float(out.splitlines()[-2].split()[1])
-    assert last["black"] != last["white"]       # the same network, beside other images
+        tables[name] = out.splitlines()[3:-1]
+    assert tables["black"] != tables["white"]   # the same network, beside other images
     code, out, err = start("manifold", *common)
     assert code == 2 and err.splitlines()[-1].endswith("give --class")
-    shutil.move(data, tmp_path / "moved")
+    shutil.move(tmp_path / "two", tmp_path / "moved")
     code, out, err = start("manifold", *common, "--class", "black")
     assert code == 2 and err.splitlines()[-1].endswith("--data says where it is now")
 
@@ -533,8 +505,6 @@ def test_the_gpu_script_says_first_that_it_could_measure_nothing(tmp_path):
 @pytest.mark.slow
 def test_the_gpu_script_ends_in_time_with_its_table(tmp_path):
     need("sweep")
-    begun = time.monotonic()
     done = gpu_script(tmp_path, 900, "leaves", TRAIN_OPTIONS="--duration 0.5")
-    assert done.returncode == 0, done.stdout
-    assert time.monotonic() - begun < 900 and "multistep, NFE 18" in done.stdout
+    assert done.returncode == 0 and "multistep, NFE 18" in done.stdout, done.stdout
     assert "BNR 10 " in done.stdout and "training " in done.stdout
