@@ -65,7 +65,7 @@ if [ ! -e "$out/ema.pt" ]; then
     exit 2
 fi
 within speed $((limit / 5)) "$python" -m study.speed --device "$device" --preset "$preset" \
-    --pairs 1 --results "$results"
+    --runs 1 --results "$results"
 within samples "$(left)" "$python" sample.py --ckpt "$out/ema.pt" --device "$device" \
     --out "$out/samples"
 within strip "$(left)" "$python" -m study.strip --ckpt "$out/ema.pt" --device "$device" \

@@ -4,7 +4,7 @@
     python -m study.speed --channels 32 --blocks 2     # or any other options of train.py
 
 The baseline is fp32 without TF32, eager, channels first, with Adam and the EMA looped over the
-weights. Both run in turn, --pairs times. Compilation and warm-up are left out.
+weights. Both run in turn, --runs times. Compilation and warm-up are left out.
 """
 import copy
 import math
@@ -33,7 +33,7 @@ def options():
     p = parser("speed", "Training and sampling beside a loop like EDM's. Options that are not "
                         "named here are train.py's.")
     add_device_option(p)
-    p.add_argument("--pairs", type=number(int, 1), default=5,
+    p.add_argument("--runs", type=number(int, 1), default=5,
                    help="pairs of ours and EDM's (default 5)")
     args, others = p.parse_known_args()
     args.options = " ".join(others)
@@ -41,7 +41,7 @@ def options():
     args.steps = 20 if is_gpu else 40                           # of training, between log lines
     args.images = 256 if is_gpu else 64                         # samples at a time
     if args.quick:
-        args.pairs = 1
+        args.runs = 1
         args.steps = 1
         args.images = 2
         others += ["--sample-steps", "1"]
@@ -54,7 +54,7 @@ def options():
 
 def compute(args, cells: Cells) -> list:
     return [cells.compute(partial(measured, args), preset=args.train.preset, options=args.options,
-                          pairs=args.pairs, steps=args.steps, device=machine(args.device),
+                          runs=args.runs, steps=args.steps, device=machine(args.device),
                           threads=torch.get_num_threads())]
 
 
@@ -74,7 +74,7 @@ def training_rates(args, data: Images, out: str) -> list:
     run_args = copy.copy(args.train)
     run_args.out = out
     run_args.log_every = args.steps * run_args.batch / 1000
-    run_args.duration = (args.pairs + 1) * run_args.log_every
+    run_args.duration = (args.runs + 1) * run_args.log_every
     run_args.snapshot_every = 0.
     edms_steps = edms_loop(run_args, data)
     pairs = []
@@ -139,7 +139,7 @@ def sampling_rates(args, filename: str) -> list:
     samples(fast)                                               # compiles on a GPU
     samples(plain)
     pairs = []
-    for _ in range(args.pairs):
+    for _ in range(args.runs):
         ours = rate(partial(samples, fast), args.device)
         theirs = rate(partial(samples, plain), args.device)
         pairs.append([ours, theirs])
