@@ -215,8 +215,8 @@ def multistep_times(n: int, h: int, w: int, schedule: Schedule, t_min: float = 0
 
     They are even in ln(1 + a / sigma): in ln sigma below a, where an image of h x w appears, and in
     1 / sigma above it, where the estimate is still the mean of all images. The last is where the
-    image is finished: the noise is at most 4.5 / n^2 there and the blur 0.8 / n pixels. A range from
-    t_min to t_max that is short ends above it.
+    image is finished: the noise is at most 4.5 / n^2 there and the blur 0.8 / n pixels. A short
+    range from t_min to t_max ends above it.
     """
     a = 4 * (h * w) ** 0.25
     last = 4.5 / n ** 2

@@ -1,4 +1,5 @@
-"""Restoring blurred and noisy images: the posterior mean in one evaluation, and draws from p(x0 | y).
+"""Restoring blurred and noisy images: the posterior mean in one evaluation, and draws from
+p(x0 | y).
 
     python -m study.restore --ckpt any/ema.pt --data held-out/        # a network of --bnr any
 
@@ -10,8 +11,8 @@ import torch
 from tqdm import tqdm
 
 from degrade import AnyBNR, ConstantBNR, attenuation, dct2, degrade, idct2
-from sample import STEPS, ancestral, generate, multistep_times, sampling_schedule
-from study.common import (Cells, Measure, digest_of, load_once, loaded, parser, references, run,
+from sample import STEPS, ancestral, multistep_times, sampling_schedule
+from study.common import (REFERENCES, Cells, Measure, load_once, loaded, parser, references, run,
                           top_bands)
 from util.cli import UserError, add_device_option, number
 from util.images import labeled_grid, normalize, to_uint8
@@ -32,8 +33,8 @@ def options():
                           "network's mean and its draws.")
     a = p.add_argument
     a("--ckpt", default="run/ema.pt", help="the model: ema.pt of train.py (default run/ema.pt)")
-    a("--data", help="images that it was not trained on: some are degraded and restored, all others "
-      "make the reference and the filter (default: those that it was trained on)")
+    a("--data", help="images that it was not trained on: some are restored, the others make the "
+      "reference and the filter (default: those that it was trained on)")
     a("--images", type=number(int, 10), default=100, help="to restore (default 100)")
     a("--steps", type=number(int, 1), default=STEPS["ancestral"],
       help=f"evaluations of a draw (default {STEPS['ancestral']})")
@@ -53,21 +54,25 @@ def compute(args, cells: Cells) -> list:
     side = checkpoint["data"]["shape"][1]
     count = len(load_once(data, side).images)
     if count < 2 * args.images:
-        raise UserError(f"{data} has {count} images, and --images {args.images} needs twice as many")
+        raise UserError(f"{data} has {count} images: --images {args.images} needs twice as many")
     images = references(data, side, args.images)
-    others = references(data, side, min(count - args.images, 5000), skip=args.images)
+    others = references(data, side, min(count - args.images, REFERENCES), skip=args.images)
     measure = Measure(others[:50] if args.quick else others, args.device)
     key = {"images": torch.cat([images, others]), "checkpoint": args.ckpt, "steps": args.steps,
            "network": str(checkpoint["config"]["bnr"]), "data": load_once(data, side).name,
            "count": args.images}
 
     pairs = levels_of(checkpoint)
+    wrong_pairs = WRONG
+    if args.quick:
+        pairs = pairs[:2]
+        wrong_pairs = WRONG[:1]
     for alpha, sigma in pairs:
         def right():
             return restored(net, images, others, alpha, sigma, args.steps, measure)
         cells.compute(right, alpha=alpha, sigma=sigma, given=None, **key)
     alpha, sigma = pairs[min(1, len(pairs) - 1)]
-    for more_blur, more_noise in WRONG:
+    for more_blur, more_noise in wrong_pairs:
         given = {"alpha": more_blur * alpha, "sigma": more_noise * sigma}
 
         def wrong():

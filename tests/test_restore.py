@@ -14,6 +14,7 @@ from exact import (gaussian_heads, gaussian_images, m_of, mixture_heads, mixture
 from model import build
 from runs import command_line, refused
 from sample import ancestral, ancestral_step, encode, generate, restoring_schedule, sample
+from study import restore as study
 from util.checkpoint import load_model, save_checkpoint
 from util.cli import UserError
 from util.images import read_image, save_image, to_uint8
@@ -385,3 +386,47 @@ def test_what_cannot_be_restored_is_one_line(degraded, capsys, monkeypatch, more
 def test_blur_and_noise_belong_to_restore(degraded, capsys):
     line = refused(capsys, program.main, "--ckpt", checkpoint(degraded / "any.pt"), "--blur", 1)
     assert "belong to --restore" in line
+
+
+# The study's program
+
+
+def test_the_wiener_filter_is_the_posterior_mean_of_gaussian_images():
+    spectrum = power_law(4, 4)
+    generator = torch.Generator().manual_seed(0)
+    x0 = 0.3 + gaussian_images(400, 3, spectrum, generator)
+    others = 0.3 + gaussian_images(40000, 3, spectrum, generator)
+    y = study.degraded(x0, 0.7, 0.2, "cpu")
+    levels = torch.tensor([0.7, 0.2], dtype=torch.float64)
+    d, r = gaussian_heads(spectrum)(y - 0.3, *levels)
+    restored = study.wiener(y, others, 0.7, 0.2)
+    assert (restored - 0.3 - d - r).square().mean() < 1e-3 * (restored - x0).square().mean()
+
+
+def test_the_program_from_its_start_to_its_table_and_picture(tmp_path, monkeypatch, capsys):
+    """A second start computes nothing, and the results alone give the same table."""
+    pytest.importorskip("efficientnet_lite_pytorch", reason="study/requirements.txt has it")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    for i in range(30):
+        x = normals(3, 8, 8, seed=i) / 3
+        save_image(to_uint8(x), tmp_path / f"set/{i}.png")
+    line = ["--quick", "--ckpt", checkpoint(tmp_path / "any.pt"), "--data", "set", "--device",
+            "cpu", "--results", "out"]
+    command_line(study.main, *line)
+    first = capsys.readouterr().out
+    cells = (tmp_path / "out/quick/restore.jsonl").read_bytes()
+    assert cells.count(b"\n") == 3 and first.count("PSNR") == 2 * 5 + 2
+    assert read_image(tmp_path / "out/quick/restore.png", 3, 200, 200).any()
+    command_line(study.main, *line)
+    assert (tmp_path / "out/quick/restore.jsonl").read_bytes() == cells
+    capsys.readouterr()
+    command_line(study.main, "--plot-only", *line)
+    assert capsys.readouterr().out in first
+
+
+def test_a_network_of_one_ratio_is_tried_at_that_ratio():
+    config = {"bnr": 0.5, "schedule": None, "mean_color": None}
+    assert study.levels_of({"config": config}) == [(0.05, 0.1), (0.15, 0.3), (0.2, 0.4)]
+    with pytest.raises(UserError, match="with noise, which --bnr inf does not have"):
+        study.levels_of({"config": {"bnr": math.inf, "schedule": None, "mean_color": {"mean": 0}}})
