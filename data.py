@@ -36,6 +36,7 @@ class Images:
         self.name = str(self.name)
         self.classes = [str(name) for name in self.classes]
         check_images(self.name, self.images, self.latents)
+        self.images = self.images.detach().cpu()
         if self.labels is None and len(self.classes) == 1:
             self.labels = torch.zeros(len(self.images), dtype=torch.long)
         check_labels(self.name, self.labels, self.classes, len(self.images))

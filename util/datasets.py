@@ -40,7 +40,7 @@ SPLIT = re.compile("(train(ing)?|val(id|idation)?|dev|test(ing)?|eval)[0-9]*[AB]
 
 UNPACK_LIMIT = 2 ** 29                          # bytes that every archive may unpack to
 CACHE_FROM = 2 ** 21                            # bytes of images that are worth a file
-CACHE_VERSION = 3                               # of what such a file holds
+CACHE_VERSION = 4                               # of what such a file holds
 GIVE = "give leaves, cifar10, or a folder, zip, tar, .npy or .npz of images"
 
 
@@ -60,7 +60,7 @@ class Decoded:
     """One image, or why it cannot be read."""
     name: str
     pixels: np.ndarray | None = None            # uint8 [1 or 3, H, W]; None: it cannot be read
-    facts: dict = field(default_factory=dict)                   # of open_upright
+    facts: dict = field(default_factory=dict)                   # of open_upright and decode
     error: Exception | None = None
 
 
@@ -123,7 +123,7 @@ def read_or_cached(path: Path, array: str, resolution: int | None, cache_folder)
     if not path.exists():
         raise UserError(f"{path} does not exist: {GIVE}")
     if path.is_dir():
-        files = dict(folder_files(path))
+        files = without_outputs(path, dict(folder_files(path)))
     else:
         files = {"": path}
     make = partial(read, path, files, array, resolution)
@@ -131,6 +131,20 @@ def read_or_cached(path: Path, array: str, resolution: int | None, cache_folder)
         return make()
     key = cache_key(files, array, resolution)
     return cached(Path(cache_folder, f"images-{path.resolve().stem}-{key}.pt"), make)
+
+
+def without_outputs(path: Path, files: dict) -> dict:
+    """{name: path} without the runs and draws below a folder, and with one line about them. Where
+    no image lies elsewhere, as where each class is a draw, only without their grids."""
+    marks = [name for name in files if name.endswith(("/log.jsonl", "/draw.json"))]
+    outputs = [mark.rpartition("/")[0] for mark in marks]
+    files = {n: file for n, file in files.items() if n.removesuffix("-grid.png") not in outputs}
+    inside = tuple(f"{folder}/" for folder in outputs)
+    others = {name: file for name, file in files.items() if not name.startswith(inside)}
+    if not outputs or not any(is_image(PurePath(name)) for name in others):
+        return files
+    warn(f"{path}: runs and draws are left out, {', '.join(outputs)}")
+    return others
 
 
 def cache_key(files: dict, array: str, resolution: int | None) -> str:
@@ -162,6 +176,26 @@ def cached(path: Path, make: Callable[[], dict]) -> dict:
         return decoded
 
 
+# What sample.py calls
+
+
+def claim_folder(folder, draw: dict) -> set:
+    """The names of the images in a folder, which belongs to one draw. What that is, plain types, is
+    in its draw.json; of a file that it names, the digest. UserError where it holds another's."""
+    for name, value in draw.items():
+        if isinstance(value, str) and os.path.isfile(value):
+            draw[name] = hashlib.sha256(Path(value).read_bytes()).hexdigest()
+    text = json.dumps(draw)
+    os.makedirs(folder, exist_ok=True)
+    there = {name for name in os.listdir(folder) if name.endswith((".png", ".npy"))}
+    file = Path(folder, "draw.json")
+    if not there:
+        file.write_text(text)
+    elif not file.exists() or file.read_text(errors="replace") != text:
+        raise UserError(f"{folder} holds images of another draw: remove it, or give another --out")
+    return there
+
+
 # From a path to tensors
 
 
@@ -182,7 +216,7 @@ def read(path: Path, files: dict, array: str, resolution: int | None) -> dict:
     skipped = len(source.entries) - len(images)
     if skipped:
         messages.append(f"{skipped} of {len(source.entries)} images skipped")
-    messages += range_messages(facts) + page_messages(facts)
+    messages += fact_messages(facts)
     if source.why_unlabeled:
         values = ["all"] * len(images)
     else:
@@ -254,10 +288,13 @@ def decode(resolution: int | None, entry: tuple) -> Decoded:
         content = read_content()
         if isinstance(content, np.ndarray):
             image = Image.fromarray(content)
-            facts = {}
+            facts = {"notes": [], "opacity": 255}
         else:
             image, facts = open_upright(io.BytesIO(content))
+        facts["largest"] = min(facts["opacity"], np.max(image.getextrema()))
         if resolution:
+            if min(image.size) < resolution:
+                facts["notes"].append("smaller than the resolution, and so enlarged, are {}")
             image = crop_and_resize(image, resolution, resolution)
         pixels = np.atleast_3d(image).transpose(2, 0, 1)        # [1 or 3, H, W]
         return Decoded(name, pixels, facts)
@@ -265,22 +302,17 @@ def decode(resolution: int | None, entry: tuple) -> Decoded:
         return Decoded(name, error=error)
 
 
-def range_messages(facts: dict) -> list[str]:
-    """A line where 16-bit images use less than half of their range, as 12 bits in 16 do."""
-    largest = 0
-    for of_image in facts.values():
-        largest = max(largest, of_image.get("largest", 0))
-    if not 0 < largest < 2 ** 15:
-        return []
-    return [f"its 16-bit images use 1/{2 ** 16 // largest} of their range: convert to 8 bits"]
-
-
-def page_messages(facts: dict) -> list[str]:
-    """A line where images have several pages, of which only the first is read."""
-    stacks = [name for name, of_image in facts.items() if of_image.get("several_pages")]
-    if not stacks:
-        return []
-    return [f"only the first page is read of {len(stacks)} with several, as {stacks[0]}"]
+def fact_messages(facts: dict) -> list[str]:
+    """A line for each kind of fact that someone should know of their images."""
+    messages = []
+    largest = sorted(of_image["largest"] for of_image in facts.values())[len(facts) // 2]
+    if largest < 128:
+        messages.append(f"its images use 1/{256 // (largest + 1)} of their range: in half of them "
+                        f"no value is above {largest} of 255; stretch them to it")
+    for note in sorted({note for of_image in facts.values() for note in of_image["notes"]}):
+        names = [name for name, of_image in facts.items() if note in of_image["notes"]]
+        messages.append(f"{note.format(len(names))}, as {names[0]}")
+    return messages
 
 
 # Folders, zips and tars
@@ -299,7 +331,7 @@ def file_source(path: Path, files: dict) -> Source:
             images[str(member)] = read_content
         elif TABLES.fullmatch(member.name):
             tables[str(member)] = read_content
-        else:
+        elif member.name != "draw.json":                        # of sample.py
             not_read.append(name)
     classes, why_unlabeled = file_classes(list(images), tables)
     messages = []
@@ -484,8 +516,8 @@ def image_array(path: Path, arrays: dict, chosen: str) -> np.ndarray:
         for name, array in arrays.items():
             contents.append(f"{name} {array.dtype} {list(array.shape)}".lstrip())
         raise UserError(f"{path} holds {', '.join(contents)}: images are uint8 [N, H, W], or "
-                        "[N, H, W, C] of 1 or 3 channels; of several give one, as "
-                        f"{path}:NAME")
+                        "[N, H, W, C] of 1 or 3 channels (others, and floats, are for Python: "
+                        f"data.Images(..., latents=True)); of several give one, as {path}:NAME")
     images = arrays[chosen]
     if images.ndim == 4 and images.shape[3] not in (1, 3):
         images = images.transpose(0, 2, 3, 1)                   # from [N, C, H, W]

@@ -1,10 +1,11 @@
 """Images: between uint8 and [-1, 1], decoded, resized, saved, and many in one picture."""
+import io
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageCms, ImageDraw, ImageFont, ImageOps
 
 from util.cli import UserError, reason
 from util.files import atomic_write, refuse_special
@@ -28,14 +29,21 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
 def open_upright(file) -> tuple[Image.Image, dict]:
     """Decodes an image file: a filename, or a file with its bytes.
 
-    Returns a PIL image of mode L (gray) or RGB: rotated as its EXIF says, with white behind
-    transparent parts, and the upper 8 bits of 16-bit gray. And facts about the file:
-    "several_pages", whether it has more than this one; and for 16-bit gray "largest", its
-    largest value. Raises ValueError where the range of the values is unknown, and what Pillow
-    raises for a file that is damaged or too large.
+    Returns a PIL image of mode L (gray) or RGB, in sRGB: rotated as its EXIF says, with white
+    behind transparent parts, and the upper 8 bits of 16. And facts about the file: "opacity", the
+    largest of its alpha channel, and "notes", a sentence for each thing that is left alone, with {}
+    for how many images it is true of. Raises ValueError where the range of the values is unknown,
+    and what Pillow raises for a file that is damaged or too large.
     """
     image = Image.open(file)
-    facts = {"several_pages": getattr(image, "is_animated", False)}
+    facts = {"notes": [], "opacity": 255}
+    if getattr(image, "is_animated", False):
+        facts["notes"].append("only the first page is read of {} with several")
+    extra = getattr(image, "tag_v2", {338: (1,)}).get(338, ())  # bands of a TIFF; 1 is alpha
+    if 0 in extra or image.mode == "RGBA" and not extra:
+        facts["notes"].append("only color is read of {} with more bands")
+    is_gray = image.mode in ("1", "L", "LA", "I", "I;16", "I;16B") or "LA;16B" in str(image.tile)
+    profile = image.info.get("icc_profile")
     has_16_bits_in_mode_i = image.format in ("PNG", "PPM")      # other formats have 32
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode == "I" and not has_16_bits_in_mode_i:
@@ -43,14 +51,34 @@ def open_upright(file) -> tuple[Image.Image, dict]:
                          "8 bits")
     if image.mode.startswith("I"):                              # 16-bit gray
         values = np.asarray(image)                              # Pillow would clip them to 255
-        facts["largest"] = int(values.max())
         image = Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8))
-    mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+    mode = "L" if is_gray else "RGB"
+    if profile:
+        try:
+            image = in_srgb(image, "CMYK" if image.mode == "CMYK" else mode, profile)
+        except Exception:                                       # a damaged one, or of other colors
+            facts["notes"].append("the color profile cannot be used of {}")
     if image.has_transparency_data:
         image = image.convert("RGBA")
+        facts["opacity"] = image.getchannel("A").getextrema()[1]
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert(mode), facts
+
+
+def in_srgb(image: Image.Image, mode: str, icc: bytes) -> Image.Image:
+    """An image, whose colors an ICC profile describes, in sRGB: RGBA, or as it is where that would
+    change nothing by more than 2 of 255. mode: L for a gray image, else RGB or CMYK. What lcms
+    raises for a profile that is damaged or of another kind of image."""
+    to_srgb = ImageCms.buildTransform(io.BytesIO(icc), ImageCms.createProfile("sRGB"), mode, "RGB")
+    ramp = Image.linear_gradient("L").resize((32, 32))
+    colors = Image.merge("RGB", [ramp, ramp.rotate(90), ramp.rotate(180)]).convert(mode)
+    converted = ImageCms.applyTransform(colors, to_srgb)
+    if np.max(ImageChops.difference(converted, colors.convert("RGB")).getextrema()) <= 2:
+        return image
+    converted = ImageCms.applyTransform(image.convert(mode), to_srgb)
+    converted.putalpha(image.convert("RGBA").getchannel("A"))
+    return converted
 
 
 def crop_and_resize(image: Image.Image, width: int, height: int) -> Image.Image:
