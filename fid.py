@@ -5,6 +5,7 @@
 
 The network whose features it compares: util/inception.py.
 """
+import contextlib
 import hashlib
 import json
 from functools import partial
@@ -81,7 +82,12 @@ def read_input(spec: str, resolution: int | None = None, keep: bool = True) -> d
         statistics = read_statistics(path)
         if statistics is not None:
             return statistics
-    return load(spec, resolution, keep=keep)
+    images = load(spec, resolution, keep=keep)
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        asked = len(json.loads((path / "draw.json").read_text())["seeds"])      # of sample.py
+        if len(images.images) != asked:
+            warn(f"warning: {spec} holds {len(images.images)} of the {asked} images of its draw")
+    return images
 
 
 def statistics_of(inputs: dict | Images, spec: str, net, settings: dict, batch: int = 256,

@@ -20,14 +20,14 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from degrade import (AnyBNR, ColdSchedule, ConstantBNR, Schedule, append_dims, attenuation,
                      check_schedule, dct2, degrade, idct2, make_schedule)
 from util.checkpoint import load_model
 from util.cli import Parser, UserError, add_device_option, number, progress, reason, say
-from util.distributed import join_processes, rank, world_size
-from util.files import refuse_special
+from util.datasets import claim_folder
+from util.distributed import join_processes, one_after_another, rank, world_size
+from util.files import atomic_write, refuse_special
 from util.images import normalize, read_image, save_grid, save_image, to_uint8
 
 STEPS = {"euler": 18, "heun": 18, "multistep": 12, "ancestral": 18}             # by default
@@ -401,6 +401,8 @@ def generate(net, schedule: Schedule, shape, seeds, device=None, batch: int = 64
     generator of its own, so that its image does not depend on its batch, and on the CPU, so that it
     does not depend on the device. Raises UserError for a label that the net does not know.
     """
+    if batch < 1 or isinstance(seeds, int) or not all(0 <= seed < 2 ** 32 for seed in seeds):
+        raise UserError("batch must be at least 1, and seeds a list of integers from 0 to 2^32 - 1")
     classes = getattr(net, "classes", 0)
     if label is not None and (type(label) is not int or not 0 <= label < classes):
         raise UserError(f"label {label!r} is no int below {classes}, the network's classes")
@@ -532,11 +534,11 @@ def seed_list(text: str):
             first = int(match[1])
             last = int(match[3] or match[1])
             interval = range(first, last + 1)
-        if not 0 < len(interval) <= 10 ** 7:
-            raise argparse.ArgumentTypeError("must be like 0-63 or 1,5,7-9, with at most 10 "
-                                             f"million in a range, not {text!r}")
+        if not 0 < len(interval) <= 10 ** 7 or last >= 2 ** 32:
+            raise argparse.ArgumentTypeError("must be like 0-63 or 1,5,7-9, below 2^32, with at "
+                                             f"most 10 million in a range, not {text!r}")
         seeds += interval
-    return seeds
+    return list(dict.fromkeys(seeds))                           # each once
 
 
 def main():
@@ -634,56 +636,45 @@ def read_degraded(filename: str, shape) -> torch.Tensor:
 
 
 def draw_images(args, net, schedule: Schedule, facts: dict, options: dict) -> None:
-    """One file a seed in the folder --out, and a grid of the first 256; processes share them. A
-    batch is saved while the next one is computed."""
-    n = world_size()
-    is_latent = facts.get("latents")
-    os.makedirs(args.out, exist_ok=True)
-    seeds = list(args.seeds[rank()::n])
+    """One file a seed in the folder --out, but for those that are there, and a grid of the first
+    256; processes share them. A batch is saved while the next one is computed."""
+    c, h, w = facts["shape"]
+    suffix = ".png" if c in (1, 3) and not facts.get("latents") else ".npy"
+    ours = args.seeds[rank()::world_size()]
+    draw = {**vars(args), "steps": options["steps"], "seeds": sorted(args.seeds)}
+    draw.update(out=None, batch=None, device=None, compile=None)                # they change none
+    with one_after_another():
+        there = claim_folder(args.out, draw)
+    seeds = [seed for seed in ours if f"{seed:06d}{suffix}" not in there]
     padding = []
     if args.compile and len(seeds) > args.batch:                # a smaller batch compiles again
         padding = seeds[-1:] * (-len(seeds) % args.batch)
-    names = (f"{args.out}/{seed:06d}" for seed in seeds)
-    shown = []
-    given = options.get("y", options.get("init"))
+    names = (f"{args.out}/{seed:06d}{suffix}" for seed in seeds)
     total = math.ceil(len(seeds) / args.batch) * options["steps"]
     written = ()
     with progress(total=total, unit=" steps", disable=rank() > 0) as bar, \
             ThreadPoolExecutor(WRITERS) as pool:
         for x in generate(net, schedule, facts["shape"], seeds + padding, args.device, args.batch,
                           watch=lambda *_: bar.update(), **options):
-            images = to_uint8(x).cpu()
             list(written)                   # waits for the batch before, and raises its errors
-            if images.shape[1] in (1, 3) and not is_latent:
-                written = pool.map(save_as_png, images, names)
+            if suffix == ".png":
+                written = pool.map(save_image, to_uint8(x).cpu(), names)
             else:
-                written = pool.map(save_as_npy, x.float().cpu(), names)
-            shown += images[:math.ceil(256 / n) - len(shown)]
+                written = pool.map(save_array, x.float().cpu(), names)
         list(written)
-    if not is_latent:
-        save_first(shown, min(256, len(args.seeds)), f"{args.out}-grid.png", given)
-
-
-def save_as_png(image: torch.Tensor, name: str) -> None:
-    save_image(image, f"{name}.png")
-
-
-def save_as_npy(state: torch.Tensor, name: str) -> None:
-    np.save(f"{name}.npy", state.numpy())
-
-
-def save_first(shown, count: int, filename: str, given=None) -> None:
-    """A grid of the first images of all processes, whose seeds take turns; before them the given
-    one, float [1, C, H, W]."""
-    n = world_size()
-    by_process = [shown] * n
-    if n > 1:
-        dist.all_gather_object(by_process, shown)
-    if rank() == 0:
-        images = [by_process[i % n][i // n] for i in range(count)]
+    with one_after_another():               # the first has to wait for the others here
+        pass
+    if rank() == 0 and suffix == ".png":
+        first = [read_image(f"{args.out}/{seed:06d}.png", c, h, w) for seed in args.seeds[:256]]
+        given = options.get("y", options.get("init"))
         if given is not None:
-            images = [*to_uint8(given), *images]
-        save_grid(torch.stack(images), filename)
+            first = [to_uint8(given), *first]
+        save_grid(torch.cat(first), f"{args.out}-grid.png")
+
+
+def save_array(state: torch.Tensor, filename: str) -> None:
+    with atomic_write(filename, flush=False) as f:
+        np.save(f, state.numpy())
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
             os._exit(1)                     # a normal exit would write to the pipe again
         except OSError as error:
             if error.filename:
-                self.error(f"{error.filename}: {error.strerror}")
+                self.error(f"{error.filename}: {error.strerror or error}")
             self.error(error)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

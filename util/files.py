@@ -37,9 +37,10 @@ def atomic_write(filename, mode: str = "wb", flush: bool = True):
                 f.flush()
                 os.fsync(f.fileno())
         os.replace(part, target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(part)
+        error.filename = filename                               # a full disk's names none
         raise
 
 
