@@ -6,12 +6,14 @@
     python train.py --data my-images/ --preset ffhq64      # your own images
     torchrun --nproc_per_node=8 train.py --data cifar10    # the same on several GPUs
     python train.py --resume run --duration 120            # a run in its folder, with its options
+    python train.py --resume run --from 60 --lr 5e-4       # back to a state of --keep-every
 
 The same command again resumes the run, too.
 """
 import argparse
 import contextlib
 import copy
+import json
 import math
 import shlex
 import sys
@@ -27,15 +29,15 @@ from data import Images, augment, gather, load, seed_for, shuffled
 from degrade import Schedule, level_to_t
 from loss import disentangled_loss
 from model import PARAMETERIZATIONS, Denoiser
-from util.checkpoint import compile_or_warn, start_from
+from util.checkpoint import compile_or_warn, in_its_layout, start_from
 from util.cli import (Parser, UserError, add_device_option, is_out_of_memory, number, progress,
                       say, warn)
 from util.distributed import (any_rank, join_processes, largest, one_after_another, rank,
                               signals_noted, world_size)
 from util.images import normalize
 from util.run import (check_parts, describe, draw_grid, locked, make_config, make_network,
-                      named_schedule, read_state, restore, save_snapshot, stored_options, trim_log,
-                      write_log, write_options)
+                      named_schedule, read_state, restore, rounded, save_snapshot, stored_options,
+                      trim_log, write_log, write_options)
 
 # The defaults are the paper's for CIFAR-10 (EDM's DDPM++ recipe). A preset is what differs.
 PRESETS = {
@@ -54,12 +56,15 @@ def options(argv=None) -> argparse.Namespace:
     p = Parser(description="Train a diffusion model of blur and noise. A kimg: 1,000 images seen. "
                            "Defaults are --preset cifar10's; data other than cifar10 take tiny.")
     add_options(p)
+    argv = sys.argv[1:] if argv is None else argv
     given = p.parse_args(argv)
-    stored = {}
     if given.resume:
-        stored = options_of_run(p, given)
-    preset = given.preset or stored.get("preset") or default_preset(given.data)
-    p.set_defaults(**{**PRESETS[preset], **stored, "preset": preset})
+        argv = [*options_of_run(p, given), *argv]
+        if given.preset:
+            p.error("--preset is for a new run: give the options that change")
+        given = p.parse_args(argv)
+    preset = given.preset or default_preset(given.data)
+    p.set_defaults(**PRESETS[preset], preset=preset)
     args = p.parse_args(argv)
     if args.resume not in (None, args.out):
         p.error("--resume and --out name two folders: give one of them")
@@ -88,15 +93,17 @@ def add_options(p: Parser) -> None:
       "removed; x0, the image; noise, the noise and what blur removed", choices=PARAMETERIZATIONS)
     a("--P-mean", -1.2, "mean of ln sigma in training", type=number(float, -20, 20))
     a("--P-std", 1.2, "its standard deviation", type=number(float, 0.001, 20))
-    a("--cond", False, "class-conditional; a class is a folder of images", action="store_true")
+    a("--cond", False, "condition on classes: folders", action=argparse.BooleanOptionalAction)
     a("--preset", None, "recipe (default: cifar10 for cifar10, else tiny)", choices=PRESETS)
     a("--out", "run", "folder of checkpoints, log and grids; one that holds a run resumes it")
     a("--resume", None, "go on with the run in this folder, and its options but for those given",
       metavar="RUN")
+    a("--from", None, "go back to the state kept at this kimg, and drop what came after it",
+      type=number(float, 0, 1e9), metavar="KIMG", dest="kept")
     a("--batch", 512, "images per step, over all GPUs and accumulation", type=number(int, 1))
     a("--batch-gpu", None, "images at a time on a GPU (default: its share)", type=number(int, 1))
     a("--lr", 1e-3, "Adam's learning rate", type=number(float, 0, 1))
-    a("--warmup", 10000., "kimg in which the learning rate rises from 0", type=number(float, 0))
+    a("--warmup", 10000., "kimg while the learning rate rises from 0", type=number(float, 0, 1e9))
     a("--duration", 200000., "kimg to train for", type=number(float, 0.001, 1e9))
     a("--ema", 500., "half-life of the EMA, kimg", type=number(float, 0))
     a("--dropout", 0.13, "probability", type=number(float, 0, 0.99))
@@ -117,7 +124,7 @@ def add_options(p: Parser) -> None:
     a("--snapshot-every", 2500., "kimg between checkpoints and grids", type=number(float, 0, 1e9))
     a("--snapshot-minutes", 0., "minutes between them, whichever comes first; 0: kimg alone",
       type=number(float, 0))
-    a("--keep-every", 0., "kimg between kept copies of ema.pt; 0: none", type=number(float, 0, 1e9))
+    a("--keep-every", 0., "kimg between copies of both; 0: none", type=number(float, 0, 1e9))
     a("--sample-steps", 18, "Heun steps of sample.py on this model", type=number(int, 1, 1000))
 
 
@@ -132,16 +139,21 @@ def default_preset(data: str) -> str:
     return "cifar10" if data == "cifar10" else "tiny"
 
 
-def options_of_run(p: Parser, given) -> dict:
-    """The options that a run has written, as defaults, but for the device: that of this machine."""
+def options_of_run(p: Parser, given) -> list:
+    """The options that a run has written, but for the device, as words of a command line: they are
+    parsed again, for a person may have edited them."""
     try:
-        stored = stored_options(given.resume)
-        PRESETS[stored["preset"]]                               # a KeyError for one that has gone
+        stored = {**stored_options(given.resume), "out": given.resume, "device": None}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         p.error(f"--resume {given.resume}: it holds no run (a readable options.json)")
-    stored["out"] = given.resume
-    stored.pop("device", None)
-    return {name: value for name, value in stored.items() if name in vars(given)}
+    words = []
+    for name, value in stored.items():
+        if value is None or name not in vars(given):
+            continue
+        words.append(("--no-" if value is False else "--") + name.replace("_", "-"))
+        if not isinstance(value, bool):
+            words += map(str, value if isinstance(value, list) else [value])
+    return words
 
 
 def main():
@@ -173,12 +185,14 @@ def train(args, data: Images | None = None, schedule: Schedule | None = None,
     check_type(net, Denoiser)
     torch.backends.cudnn.benchmark = True
     join_processes()
+    args = argparse.Namespace(**json.loads(json.dumps(vars(args), default=str)))  # plain types
+    kept = vars(args).pop("kept", None)
     lock = locked(args.out) if rank() == 0 else contextlib.nullcontext()
-    with lock:
+    with lock, torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad():
         if data is not None:                                    # its images are not resized
-            args = argparse.Namespace(**{**vars(args), "data": data.name, "resolution": 0})
+            vars(args).update(data=data.name, resolution=0)
         images_at_a_time(args)                                  # complains before the data load
-        state = read_state(args)
+        state = read_state(args, kept)
         if data is None:
             data = load_in_turn(args)
 
@@ -189,22 +203,24 @@ def train(args, data: Images | None = None, schedule: Schedule | None = None,
         net = make_network(args, data, config, net)
         if args.init_from and state is None:
             start_from(net, args.init_from, data.classes)
-        layout = torch.channels_last
-        if config["unet"] is None:                  # custom networks may not support channels_last
-            layout = torch.contiguous_format
-        net = net.to(args.device, memory_format=layout).train()
+        net = in_its_layout(net, args.device).train()
         ema = copy.deepcopy(net).eval().requires_grad_(False)
+        for p in ema.parameters():                  # the steps of an average vanish in 16 bits
+            p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
         if optimizer is None:
             optimizer = partial(adam, lr=args.lr)
         optimizer = optimizer(net.parameters())
         for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
+            group["initial_lr"] = float(group["lr"])
+        config["optimizer"] = type(optimizer).__qualname__
 
         run = {"config": config, "data": data.facts(), "options": vars(args)}   # in each checkpoint
         seen = 0
         if state is not None:
             seen = restore(args.out, state, run, net, ema, optimizer)
             del state                                           # frees its tensors
+        if kept is not None and rank() == 0:
+            save_snapshot(args.out, run, net, ema, optimizer, seen, keep=False, must=True)
         if signals is None:
             signals = []
         try:
@@ -244,15 +260,18 @@ def loop(args, run: dict, data: Images, schedule: Schedule, net: Denoiser, ema: 
     device = torch.device(args.device)
     bf16 = uses_bf16(args.precision, device)
     total = math.ceil(round(args.duration * 1000, 6) / args.batch) * args.batch
+    if seen >= total and rank() == 0:
+        say(f"{args.out} is complete at {seen / 1000:g} kimg: a longer --duration trains on")
     if args.compile or args.compile is None and device.type == "cuda":
         compile_or_warn(net.unet, args.compile)
     shared = net
     if world_size() > 1:
         is_custom = run["config"]["unet"] is None               # it may leave out a parameter
         shared = DistributedDataParallel(net, find_unused_parameters=is_custom)
+    before = None                           # the last line of the log
     if rank() == 0:
         write_options(args)
-        trim_log(args.out, seen)
+        before = trim_log(args.out, seen)
         describe(args, run, data, net, seen, bf16, images_at_a_time(args))
     bar = progress(total=total, initial=seen, unit="img", unit_scale=True, disable=rank() > 0,
                    delay=0.1)               # it writes nothing before the first step
@@ -295,14 +314,15 @@ def loop(args, run: dict, data: Images, schedule: Schedule, net: Denoiser, ema: 
         line = log_line(args, seen, records, lr, since)
         bar.set_postfix({"denoise": line["denoise"], "deblur": line["deblur"]}, refresh=False)
         if rank() == 0:
-            write_log(args.out, line)
+            write_log(args.out, line, before)
+            before = line
             if on_log is not None:
                 on_log(line)
         if rank() == 0 and snapshot:
             keep = crossed(args, seen, args.keep_every)
             save_snapshot(args.out, run, net, ema, optimizer, seen, keep, must=last)
             if not stopping and not data.latents:
-                draw_grid(args.out, run, schedule, ema, seen)
+                draw_grid(args.out, run, schedule, in_types_of(net, ema), seen)
         records = []
         since = time.time()                                     # without the time of writing
         if snapshot:
@@ -310,8 +330,8 @@ def loop(args, run: dict, data: Images, schedule: Schedule, net: Denoiser, ema: 
     with contextlib.suppress(OSError):
         bar.close()
     if stopping and rank() == 0:
-        warn(f"stopped and saved at {seen / 1000:g} kimg; the same command resumes it")
-    return ema
+        warn(f"stopped and saved at {seen / 1000:g} kimg; the same command less --from resumes it")
+    return in_types_of(net, ema)
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:
@@ -432,11 +452,21 @@ class FiniteCheck:
                         f"t: {by_level(record.cpu())}")
 
 
+def in_types_of(net: Denoiser, ema: Denoiser) -> Denoiser:
+    """The EMA as a network that can be called: one of 16 bits may not run with float32 weights."""
+    model = copy.deepcopy(ema)
+    for p, current in zip(model.parameters(), net.parameters()):
+        p.data = p.data.to(current.dtype)
+    return model
+
+
 def update_ema(args, ema, net, seen: int) -> None:
     """ema = decay ema + (1 - decay) net; its half-life is --ema, or 1/20 of the images seen."""
     half_life = min(args.ema * 1000, seen * 0.05)               # images; EDM's ramp-up
     decay = 0.5 ** (args.batch / max(half_life, 1e-8))
-    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(net.parameters()), None)
+    averages = list(ema.parameters())
+    current = [p.to(average.dtype) for p, average in zip(net.parameters(), averages)]
+    get_ema_multi_avg_fn(decay)(averages, current, None)
     for averaged, current in zip(ema.buffers(), net.buffers()):  # custom networks may have some
         averaged.copy_(current)
 
@@ -448,7 +478,7 @@ def images_at_a_time(args) -> int:
     micro = min(args.batch_gpu or share, share)
     if args.batch % world_size() or share % micro:
         raise UserError(f"--batch {args.batch} does not divide into {world_size()} processes of "
-                        f"--batch-gpu {micro}")
+                        f"--batch-gpu {micro}: take a multiple of {world_size() * micro}")
     return micro
 
 
@@ -499,7 +529,7 @@ def by_level(record: torch.Tensor) -> dict:
 
 
 def mean_or_none(losses: torch.Tensor) -> float | None:
-    return round(losses.mean().item(), 5) if len(losses) else None
+    return rounded(losses.mean().item(), 6) if len(losses) else None
 
 
 if __name__ == "__main__":

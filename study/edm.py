@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from model import build
-from util.checkpoint import check_weights, save_checkpoint
+from util.checkpoint import save_checkpoint
 from util.cli import Parser, UserError
 from util.datasets import CIFAR10_CLASSES
 
@@ -46,7 +46,9 @@ def convert(filename) -> dict:
         config = {"bnr": 0., "schedule": None, "sigma_data": float(net.sigma_data),
                   "param": "residual", "mean_color": None, "unet": unet}
         weights = convert_weights(config, tensors(net._modules["model"]), len(data))
-        check_weights(weights)
+        for name, value in weights.items():
+            if not value.isfinite().all():
+                raise UserError(f"its weights are not finite ({name})")
     except UserError as e:
         raise UserError(f"{filename}: {e}") from None
     except Exception as e:                                      # a pickle can raise nearly anything

@@ -292,7 +292,7 @@ def test_a_network_of_ones_own_loads(tmp_path):
     torch.testing.assert_close(net(x, 0.5, 1.), old(x, 0.5, 1.))
     with pytest.raises(UserError, match="a network of your own: .* as net"):
         load_model(file)
-    with pytest.raises(UserError, match="do not fit its network: .*size mismatch"):
+    with pytest.raises(UserError, match="can be loaded here: .*size mismatch"):
         load_model(file, net=Denoiser(Own(3, 6, 1)))
     with pytest.raises(UserError, match="of your own: give load_model its Denoiser"):
         start_from(Denoiser(Own(3, 6, 3), sigma_data=0.3), file)
@@ -334,11 +334,12 @@ def test_classes_start_by_name_and_a_new_one_as_the_mean(tmp_path):
 
 @pytest.mark.parametrize("old, new, words", [
     ({}, {"channels": 24}, "size mismatch"), ({}, {"blocks": 2}, "Missing key"),
-    ({"ratio": True}, {}, "unet.from_ratio"), ({"classes": 3}, {}, "unet.from_label")])
+    ({"ratio": True}, {}, "--bnr or sigma_data"), ({"classes": 3}, {}, "unet.from_label")])
 def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path, old, new, words):
     _, file = saved(tmp_path, **old)
     unet = UNet(3, 6, **{**SMALL, **new})
-    for net, reason in ((Denoiser(unet), words), (NoiseDenoiser(unet), "--param or sigma_data"),
-                        (Denoiser(unet, sigma_data=0.3), "sigma_data differs")):
+    differs = "--param, --bnr or sigma_data"
+    for net, reason in ((Denoiser(unet), words), (NoiseDenoiser(unet), differs),
+                        (Denoiser(unet, sigma_data=0.3), differs)):
         with pytest.raises(UserError, match=f"ema.pt does not fit this network: .*{reason}"):
             start_from(net, file)

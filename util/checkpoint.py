@@ -11,11 +11,12 @@ import copy
 import io
 import math
 import os
+import tempfile
 import zipfile
 
 import torch
 
-from model import Denoiser, build
+from model import Denoiser, UNet, build
 from util.cli import UserError, reason, warn
 from util.files import atomic_write, or_a_warning, refuse_special
 
@@ -24,7 +25,12 @@ RENAMED = {"path": "schedule", "colour": "mean_color", "levels": "sampling_level
 
 
 def save_checkpoint(filename: str, checkpoint: dict) -> bool:
-    """True when saved. Where the disk does not take it: False, a warning, and an old file stays."""
+    """True when saved, with weights that are made contiguous in place. Where the disk does not take
+    it: False, a warning, and an old file stays."""
+    for part in {"weights", "net", "ema"} & checkpoint.keys():
+        for name, value in checkpoint[part].items():
+            if torch.is_tensor(value):
+                checkpoint[part][name] = value.contiguous()
     with or_a_warning(filename):
         buffer = io.BytesIO()                                   # torch.save hides a file's OSError
         torch.save(checkpoint, buffer)
@@ -44,7 +50,7 @@ def read_checkpoint(filename: str) -> dict:
             raise ValueError
         checkpoint = dict(torch.load(filename, map_location="cpu", weights_only=True))
     except FileNotFoundError:
-        raise UserError(f"{filename} does not exist: train a model with train.py first") from None
+        raise UserError(f"{filename} does not exist: train.py makes such files") from None
     except Exception:                                           # zip, pickle and torch differ
         raise UserError(f"{filename} is not a checkpoint of this project, or it is damaged") \
             from None
@@ -72,20 +78,18 @@ def load_model(filename: str, device="cpu", precision: str = "fp32", compiled: b
     """A checkpoint of train.py -> its Denoiser in eval mode, without gradients, and the rest of the
     checkpoint: config, data, options, seen. Raises UserError.
 
-    net: for a network of your own, a Denoiser like the one that was trained. It is filled.
-    precision: "fp32", "tf32" or "bf16"; the last two differ from it in speed and in rounding.
+    net: for a network of your own, a Denoiser like the one that was trained. It is filled, and
+    keeps its types and memory format. precision: "fp32", "tf32" or "bf16"; the last two differ from
+    it in speed and in rounding.
     """
     checkpoint = read_checkpoint(filename)
     if "net" in checkpoint:
         raise UserError(f"{filename} is what a run resumes from: take the ema.pt beside it")
     try:
-        weights = checkpoint.pop("weights")
-        check_weights(weights)
-        net = fill(net, checkpoint, weights)
+        net = fill(net, checkpoint, checkpoint.pop("weights"))
+        net = in_its_layout(net, device).eval().requires_grad_(False)
     except Exception as e:                                      # the file may hold anything
-        raise UserError(f"{filename} is not a model of this project, or its weights do not fit its "
-                        f"network: {reason(e)}") from None
-    net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        raise UserError(f"{filename} is not a model that can be loaded here: {reason(e)}") from None
     if precision == "bf16":
         net.forward = torch.autocast(torch.device(device).type, torch.bfloat16)(net.forward)
     if precision == "tf32":
@@ -109,7 +113,8 @@ def tf32():
 
 
 def fill(net: Denoiser | None, checkpoint: dict, weights: dict) -> Denoiser:
-    """The network of a checkpoint with its weights: net, or the one that the config builds."""
+    """The network of a checkpoint with its weights: net, or the one that the config builds. It
+    raises nearly anything."""
     config = checkpoint["config"]
     if config["unet"] is None and net is None:
         raise UserError("it is of a network of your own: give load_model its Denoiser as net")
@@ -123,15 +128,20 @@ def fill(net: Denoiser | None, checkpoint: dict, weights: dict) -> Denoiser:
     precondition = net.precondition.__qualname__
     if config.get("precondition", precondition) != precondition:                # old ones lack it
         raise UserError(f"it is of another kind, {config['precondition']}")
-    net.load_state_dict(weights, assign=True)
+    # Assigned tensors would not be tied any more, and would have the checkpoint's types.
+    net.load_state_dict(weights, assign=any(p.is_meta for p in net.parameters()))
+    for name, value in net.named_parameters():                  # a buffer may hold -inf, as a mask
+        if not value.isfinite().all():
+            raise UserError(f"its weights are not finite ({name})")
     net.sigma_data = config["sigma_data"]
     return net
 
 
-def check_weights(weights: dict) -> None:
-    for name, value in weights.items():
-        if not value.isfinite().all():
-            raise UserError(f"its weights are not finite ({name})")
+def in_its_layout(net: Denoiser, device) -> Denoiser:
+    """The network on the device. Custom networks may not support channels_last: they stay as they
+    are."""
+    layout = torch.channels_last if type(net.unet) is UNet else torch.preserve_format
+    return net.to(device, memory_format=layout)
 
 
 def start_from(net: Denoiser, filename: str, classes=()) -> None:
@@ -143,8 +153,8 @@ def start_from(net: Denoiser, filename: str, classes=()) -> None:
     """
     old, checkpoint = load_model(filename)
     if old.precondition.__qualname__ != net.precondition.__qualname__ \
-            or old.sigma_data != net.sigma_data:
-        raise UserError(f"{filename} does not fit this network: its --param or sigma_data differs")
+            or old.sigma_data != net.sigma_data or old.has_ratio > net.has_ratio:
+        raise UserError(f"{filename} does not fit this network: its --param, --bnr or sigma_data")
     weights = old.state_dict()
     for name, value in net.state_dict().items():
         if "unet.from_" in name and name not in weights:
@@ -163,9 +173,10 @@ def start_from(net: Denoiser, filename: str, classes=()) -> None:
         raise UserError(f"{filename} does not fit this network: {reason(e)}") from None
 
 
-def try_out(net: Denoiser, x: torch.Tensor, alpha, sigma, augmented: bool) -> None:
-    """Images x [B, C, H, W] through a copy of a network of one's own, forward and back, so that a
-    mistake is one line before a run writes anything. Raises UserError."""
+def try_out(net: Denoiser, x: torch.Tensor, levels: list, augmented: bool, config: dict) -> None:
+    """Images x [B, C, H, W] at levels [alpha, sigma] through a copy of a network of one's own,
+    forward and back; then the copy is saved and loaded as its checkpoints are. So a mistake is one
+    line before a run writes anything. Raises UserError."""
     augment = None
     if augmented:
         augment = x.new_zeros(len(x), 9)
@@ -173,16 +184,27 @@ def try_out(net: Denoiser, x: torch.Tensor, alpha, sigma, augmented: bool) -> No
     if net.classes:
         label = x.new_full((len(x),), net.classes - 1, dtype=torch.long)
     try:
-        trial = copy.deepcopy(net).to(x.device).eval()
-        d, r = trial(x, alpha, sigma, augment, label)
-        x0_hat = d + r
+        [p.shape for p in net.parameters()]                     # lazy modules have none yet
+        trial = copy.deepcopy(net).to(x.device).train()
+        alpha, sigma = x.new_tensor(levels).expand(len(x), 2).T                 # [B] each
+        x0_hat = sum(trial(x, alpha, sigma, augment, label))
         if not x0_hat.requires_grad or not x0_hat.isfinite().all():
             raise UserError("its output has no gradient, or is not finite")
         x0_hat.sum().backward()
+
+        with tempfile.TemporaryDirectory() as folder:
+            save_checkpoint(f"{folder}/ema.pt", {"weights": trial.state_dict(), "config": config})
+            loaded, _ = load_model(f"{folder}/ema.pt", x.device, net=copy.deepcopy(net))
+        outputs = []
+        for network in (trial.eval().requires_grad_(False), loaded):
+            torch.manual_seed(0)
+            outputs.append(torch.cat(network(x, *levels, None, label)))
+        if not torch.allclose(*outputs, rtol=1e-3, atol=1e-3):
+            raise UserError("its output is another one when it is loaded")
     except Exception as e:                                      # the network is the user's
         message = " ".join(str(e).split())[:200]
         raise UserError(f"the network fails on x of {list(x.shape)}, called as unet(x, c_noise, "
-                        f"augment, label): {message}") from None
+                        f"augment, label), or saved and loaded: {message}") from None
 
 
 def compile_or_warn(module: torch.nn.Module, asked: bool) -> None:

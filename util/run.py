@@ -25,8 +25,8 @@ from util.distributed import world_size
 from util.files import atomic_write, or_a_warning
 from util.images import save_grid, to_uint8
 
-MAY_CHANGE_ON_RESUMING = {"out", "data", "preset", "duration", "lr", "batch_gpu", "device",
-                          "precision", "compile", "log_every", "snapshot_every",
+MAY_CHANGE_ON_RESUMING = {"out", "data", "preset", "duration", "lr", "warmup", "ema", "batch_gpu",
+                          "device", "precision", "compile", "log_every", "snapshot_every",
                           "snapshot_minutes", "keep_every", "sample_steps",
                           "attention"}                          # which the config has
 
@@ -114,9 +114,8 @@ def make_network(args, data: Images, config: dict, net: Denoiser | None) -> Deno
         net = build(config)
         net.unet.check(h, w)
     else:
-        alpha, sigma = config["sampling_levels"][2]
-        x = torch.randn(2, c, h, w, device=args.device)
-        try_out(net, x, alpha, sigma, augmented=args.augment > 0)
+        x = torch.randn(min(2, args.batch_gpu or args.batch), c, h, w, device=args.device)
+        try_out(net, x, config["sampling_levels"][2], args.augment > 0, config)
     return net
 
 
@@ -193,10 +192,13 @@ def stored_options(folder: str) -> dict:
     return stored
 
 
-def read_state(args) -> dict | None:
-    """The state to resume from, or None for a new run. UserError where --out holds another."""
+def read_state(args, kimg: float | None = None) -> dict | None:
+    """The state to resume from, or None for a new run. kimg: go back to the state kept there.
+    UserError where --out holds another run, or has kept no such state."""
     filename = f"{args.out}/state.pt"
-    if not os.path.exists(filename):
+    if kimg is not None:
+        filename = f"{args.out}/state-{kimg_name(round(kimg * 1000))}.pt"
+    elif not os.path.exists(filename):
         if os.path.exists(f"{args.out}/ema.pt"):
             raise UserError(f"{args.out} holds a model, but no state.pt to resume from: choose "
                             "another --out")
@@ -217,30 +219,33 @@ def refuse_other(out: str, old: dict, new: dict, of: str = "") -> None:
         if name in old and old[name] != value:
             differ.append(f"{of}{name} {old[name]}, not {value}")
     if differ:
-        raise UserError(f"{out} holds a run with {'; '.join(differ)}: choose another --out, or "
-                        "repeat its options")
+        raise UserError(f"{out} holds a run with {'; '.join(differ)}, on which it depends: repeat "
+                        f"its options, or give another --out and --init-from {out}/ema.pt")
 
 
 def restore(out: str, state: dict, run: dict, net, ema, optimizer) -> int:
     """Puts a saved state into the new parts -> the images seen. UserError where it does not fit."""
-    images = {name: run["data"][name] for name in ("digest", "classes")}
+    images = {name: run["data"][name] for name in ("digest", "count", "classes")}
     config = {k: v for k, v in run["config"].items() if k != "mean_color"}
     refuse_other(out, state["data"], images, "images' ")
     refuse_other(out, state["config"], config)
     try:
         net.load_state_dict(state["net"])
         ema.load_state_dict(state["ema"])
-        groups = optimizer.state_dict()["param_groups"]         # the learning rate may be new
-        optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
-        for p, moments in optimizer.state.items():              # a fused Adam checks no shape and
-            for name, value in moments.items():                 # goes by the weights' strides
-                if torch.is_tensor(value) and value.ndim:
-                    moments[name] = torch.empty_like(p).copy_(value.reshape(p.shape))
+        rates = [group["initial_lr"] for group in optimizer.param_groups]       # may be new
+        optimizer.load_state_dict(state["optimizer"])
+        for group, rate in zip(optimizer.param_groups, rates):
+            group.update(lr=rate, initial_lr=rate)
+        is_fused = any(group.get("fused") for group in optimizer.param_groups)
+        for p, moments in optimizer.state.items():              # a fused one checks no shape, and
+            for name, v in moments.items():                     # goes by the weights' strides
+                if torch.is_tensor(v) and (v.shape == p.shape or is_fused and v.ndim):
+                    moments[name] = torch.empty_like(p, dtype=v.dtype).copy_(v.reshape(p.shape))
         seen = state["seen"]
         if type(seen) is not int or seen < 0:
             raise ValueError("the number of images seen is not a number")
         return seen
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except Exception as e:                                      # optimizers raise anything
         raise UserError(f"{out}/state.pt does not fit this network: {reason(e)}") from None
 
 
@@ -253,8 +258,9 @@ def write_options(args) -> None:
         json.dump(stored, f, indent=1)
 
 
-def trim_log(out: str, seen: int) -> None:
-    """Drops the log's lines after the checkpoint, and a damaged one."""
+def trim_log(out: str, seen: int) -> dict | None:
+    """Drops the log's lines after the checkpoint, and a damaged one. Returns the last that stays.
+    """
     log = Path(out, "log.jsonl")
     lines = []
     if log.exists():
@@ -266,22 +272,29 @@ def trim_log(out: str, seen: int) -> None:
                 valid.append(line + "\n")
     with atomic_write(log, "w") as f:
         f.writelines(valid)
+    return json.loads(valid[-1]) if valid else None
 
 
-def write_log(out: str, line: dict) -> None:
+def write_log(out: str, line: dict, before: dict | None) -> None:
+    """Appends a line to the log, and warns where the loss is far above that of the line before."""
     with or_a_warning("a log line"), open(f"{out}/log.jsonl", "a") as log:
         print(json.dumps(line), file=log)
+    with contextlib.suppress(LookupError, TypeError):           # where one line has no loss
+        old, new = [of["denoise"] + of["deblur"] for of in (before, line)]
+        if new > 10 * old:
+            warn(f"warning: the loss rose from {old:.3g} to {new:.3g}: docs/long-runs.md says more")
 
 
 def save_snapshot(out: str, run: dict, net, ema, optimizer, seen: int, keep: bool,
                   must: bool) -> None:
-    """state.pt and ema.pt, and a copy of ema.pt to keep. Where they cannot be saved, UserError if
+    """state.pt and ema.pt, and copies of both to keep. Where they cannot be saved, UserError if
     they must, else a warning."""
     run = {**run, "seen": seen}
     model = {"weights": ema.state_dict(), **run}
     state = {"net": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
              **run}
     if keep:
+        save_checkpoint(f"{out}/state-{kimg_name(seen)}.pt", state)
         save_checkpoint(f"{out}/ema-{kimg_name(seen)}.pt", model)
     saved_state = save_checkpoint(f"{out}/state.pt", state)
     saved_model = save_checkpoint(f"{out}/ema.pt", model)
