@@ -97,9 +97,9 @@ def test_features_on_a_gpu_are_those_of_the_cpu(weights, net, resize):
 
 def test_weights_that_are_not_the_published_ones_are_one_line(tmp_path):
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="w.pth is no file of weights in the published layout"):
+    with pytest.raises(UserError, match="w.pth is no weights file: Error"):
         load_inception(tmp_path / "w.pth")
-    with pytest.raises(UserError, match="no.pth is no file of weights .*No such file"):
+    with pytest.raises(UserError, match="no.pth is no weights file: .*No such file"):
         load_inception(tmp_path / "no.pth")
     damaged = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
     damaged.write_bytes(b"damaged")

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from util.cli import UserError
+from util.cli import UserError, reason
 from util.files import fetch, refuse_special
 
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -208,7 +208,7 @@ def load_inception(weights=None, device="cpu", folder="data") -> tuple[Inception
     net = InceptionV3()
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception:                                           # zip, pickle and torch differ
-        raise UserError(f"{path} is no file of weights in the published layout") from None
+    except Exception as error:                                  # zip, pickle and torch differ
+        raise UserError(f"{path} is no weights file: {reason(error).partition('.')[0]}") from None
     net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return net, hashlib.sha256(path.read_bytes()).hexdigest()
