@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import train
 from degrade import ConstantBNR
 from loss import disentangled_loss
 from model import build
-from runs import ROOT, command_line, log_of, same_run, words
+from runs import ROOT, command_line, log_of, refused, same_run, words
 from sample import sample, time_steps
 from util.checkpoint import load_model, read_checkpoint, save_checkpoint
 from util.images import read_image, save_image
@@ -118,6 +119,19 @@ def test_a_log_line(tmp_path, images):
     for name in ("denoise", "deblur", "lr"):
         written = [(event.step, event.value) for event in events.Scalars(name)]
         assert written == [(line["step"], pytest.approx(line[name], rel=1e-5)) for line in log]
+
+
+def test_the_training_levels_are_options_too(tmp_path, images, capsys):
+    """They are compared on resuming, and --bnr inf has none."""
+    line = words(tmp_path / "run", "--duration 0.004 --P-mean 1.5 --P-std 0.3", data=images)
+    command_line(train.main, *line)
+    (_, low), (_, high) = config_of(tmp_path / "run")["training_range"]
+    assert math.log(low * high) / 2 == pytest.approx(1.5, abs=0.05)
+    assert math.log(high / low) == pytest.approx(2 * 1.645 * 0.3, rel=0.1)
+    message = refused(capsys, train.main, *line, "--P-mean", "1")
+    assert "--P_mean 1.5, not 1.0" in message
+    message = refused(capsys, train.main, *line, "--bnr", "inf", "--out", tmp_path / "cold")
+    assert "--bnr inf has no noise" in message
 
 
 # With a trained network

@@ -383,6 +383,15 @@ def test_what_cannot_be_restored_is_one_line(degraded, capsys, monkeypatch, more
     assert words in line
 
 
+def test_the_range_of_levels_is_an_option(degraded):
+    ckpt = checkpoint(degraded / "any.pt")
+    command_line(program.main, "--ckpt", ckpt, "--device", "cpu", "--out", degraded / "out",
+                 "--seeds", "0", "--sigma-min", "0.01", "--sigma-max", "5", "--steps", "3")
+    net, _ = load_model(ckpt)
+    x = next(generate(net, ConstantBNR(0.5), (3, 8, 8), [0], steps=3, sigma_min=0.01, sigma_max=5.))
+    assert torch.equal(read_image(degraded / "out/000000.png", 3, 8, 8), to_uint8(x))
+
+
 def test_blur_and_noise_belong_to_restore(degraded, capsys):
     line = refused(capsys, program.main, "--ckpt", checkpoint(degraded / "any.pt"), "--blur", 1)
     assert "belong to --restore" in line
