@@ -12,20 +12,22 @@ from tqdm import tqdm
 
 from degrade import AnyBNR, ConstantBNR, attenuation, dct2, degrade, idct2
 from sample import STEPS, ancestral, multistep_times, sampling_schedule
-from study.common import (REFERENCES, Cells, Measure, load_once, loaded, parser, references, run,
-                          top_bands)
+from study.common import (REFERENCES, Cells, Measure, column, groups, load_once, loaded, parser,
+                          references, run, top_bands)
 from util.cli import UserError, add_device_option, number
 from util.images import labeled_grid, normalize, to_uint8
 
 LEVELS = [(1., 0.1), (1., 0.3), (0.5, 0.3), (2., 0.4)]          # blur in pixels, noise
 WRONG = [(1, 0.5), (1, 2), (0.5, 1), (2, 1)]    # what the given blur and noise are multiplied by
-DRAWS = 8                                       # of each image
+DRAWS = 8                                       # of an image, for their mean
+FIRST = 64                                      # images with so many draws; all others have one
 SHOWN = 10                                      # images in the picture
-METHODS = ["input", "Wiener", "D + R", "one draw", f"mean of {DRAWS}"]
-BASE = {"network": str, "data": str, "alpha": float, "sigma": float, "steps": int,
-        "methods": [str], "psnr": [float], "distance": [float], "power": [[float]]}
-FIELDS = [{**BASE, "given": None, "spread": float, "floor": float},
-          {**BASE, "given": {"alpha": float, "sigma": float}}]
+PSNR = {"methods": [str], "psnr": [float]}
+BASE = {"network": str, "data": str, "kimg": float, "alpha": float, "sigma": float, "steps": int,
+        "count": int, "first": int}
+FIELDS = [{**BASE, **PSNR, "distance": [float], "power": [[float]], "given": None,
+           "floor": float, "of_first": PSNR, "spread": float},
+          {**BASE, "given": {"alpha": float, "sigma": float}, "of_first": PSNR}]
 
 
 def options():
@@ -35,7 +37,8 @@ def options():
     a("--ckpt", default="run/ema.pt", help="the model: ema.pt of train.py (default run/ema.pt)")
     a("--data", help="images that it was not trained on: some are restored, the others make the "
       "reference and the filter (default: those that it was trained on)")
-    a("--images", type=number(int, 10), default=100, help="to restore (default 100)")
+    a("--images", type=number(int, 10), default=500,
+      help=f"to restore; the first {FIRST} have {DRAWS} draws each (default 500)")
     a("--steps", type=number(int, 1), default=STEPS["ancestral"],
       help=f"evaluations of a draw (default {STEPS['ancestral']})")
     add_device_option(p)
@@ -60,7 +63,7 @@ def compute(args, cells: Cells) -> list:
     measure = Measure(others[:50] if args.quick else others, args.device)
     key = {"images": torch.cat([images, others]), "checkpoint": args.ckpt, "steps": args.steps,
            "network": str(checkpoint["config"]["bnr"]), "data": load_once(data, side).name,
-           "count": args.images}
+           "count": args.images, "first": min(FIRST, args.images)}
 
     pairs = levels_of(checkpoint)
     wrong_pairs = WRONG
@@ -69,14 +72,14 @@ def compute(args, cells: Cells) -> list:
         wrong_pairs = WRONG[:1]
     for alpha, sigma in pairs:
         def right():
-            return restored(net, images, others, alpha, sigma, args.steps, measure)
+            return restored(net, images, others, alpha, sigma, args.steps, key["first"], measure)
         cells.compute(right, alpha=alpha, sigma=sigma, given=None, **key)
     alpha, sigma = pairs[min(1, len(pairs) - 1)]
     for more_blur, more_noise in wrong_pairs:
         given = {"alpha": more_blur * alpha, "sigma": more_noise * sigma}
 
         def wrong():
-            return misled(net, images, alpha, sigma, given, args.steps, measure)
+            return misled(net, images[:key["first"]], alpha, sigma, given, args.steps)
         if given["alpha"] <= AnyBNR.max_bnr * given["sigma"] and key["network"] == "any":
             cells.compute(wrong, alpha=alpha, sigma=sigma, given=given, **key)
     picture(net, images[:SHOWN], others, alpha, sigma, args.steps, cells.file.with_suffix(".png"))
@@ -132,39 +135,42 @@ def draws(net, y, alpha: float, sigma: float, steps: int, n: int) -> torch.Tenso
                         for _ in tqdm(range(n), f"alpha {alpha:g}, sigma {sigma:g}", delay=1)])
 
 
-def scores(names: list, pictures: list, images: torch.Tensor, measure: Measure) -> dict:
-    """PSNR, distance and power of sets of pictures, float [N, C, H, W] in [-1, 1]."""
+def psnr(names: list, pictures: list, images: torch.Tensor) -> dict:
+    """The mean PSNR over images of some sets of pictures, float [N, C, H, W] in [-1, 1]."""
     x0 = normalize(images).double()
-    cell = {"methods": names, "psnr": [], "distance": [], "power": []}
+    values = []
     for x in pictures:
         error = (x.cpu().clamp(-1, 1) - x0).square().mean((1, 2, 3))            # [N]
-        cell["psnr"].append(round((10 * (4 / error).log10()).mean().item(), 3))
-        measured = measure(to_uint8(x).cpu())
-        cell["distance"].append(measured["distance"])
-        cell["power"].append(measured["power"])
-    return cell
+        values.append(round((10 * (4 / error).log10()).mean().item(), 3))
+    return {"methods": names, "psnr": values}
 
 
-def restored(net, images, others, alpha, sigma, steps: int, measure: Measure) -> dict:
-    """The scores of all methods. spread: the variance of the draws over the mean square error of
-    D + R, which is 1 where both heads and draws are exact."""
+def restored(net, images, others, alpha, sigma, steps: int, first: int, measure: Measure) -> dict:
+    """PSNR, distance and power. of_first: PSNR of the images that have several draws. spread: the
+    variance of these draws over the mean square error of D + R; 1 for exact heads and draws."""
     y = degraded(images, alpha, sigma, next(net.parameters()).device)
     mean = posterior_mean(net, y, alpha, sigma)
-    x = draws(net, y, alpha, sigma, steps, DRAWS)
-    error = (mean.cpu() - normalize(images)).square().mean()
-    pictures = [y, wiener(y, others, alpha, sigma), mean, x[0], x.mean(0)]
-    cell = scores(METHODS, pictures, images, measure)
-    cell["spread"] = round((x.var(0).mean().cpu() / error).item(), 3)
+    draw = draws(net, y, alpha, sigma, steps, 1)[0]
+    pictures = [y, wiener(y, others, alpha, sigma), mean, draw]
+    cell = psnr(["input", "Wiener", "D + R", "a draw"], pictures, images)
+    measured = [measure(to_uint8(x).cpu()) for x in pictures]
+    cell["distance"] = column(measured, "distance")
+    cell["power"] = column(measured, "power")
     cell["floor"] = measure(images)["distance"]
+    x = draws(net, y[:first], alpha, sigma, steps, DRAWS)
+    cell["of_first"] = psnr(["D + R", "a draw", f"mean of {DRAWS} draws"],
+                            [mean[:first], x[0], x.mean(0)], images[:first])
+    error = (mean.cpu() - normalize(images))[:first].square().mean()
+    cell["spread"] = round((x.var(0).mean().cpu() / error).item(), 3)
     return cell
 
 
-def misled(net, images, alpha, sigma, given: dict, steps: int, measure: Measure) -> dict:
-    """The same where the network is given other levels than the image has."""
+def misled(net, images, alpha, sigma, given: dict, steps: int) -> dict:
+    """PSNR where the network is given other levels than the images have."""
     y = degraded(images, alpha, sigma, next(net.parameters()).device)
     mean = posterior_mean(net, y, **given)
     draw = draws(net, y, steps=steps, n=1, **given)[0]
-    return scores(["D + R", "one draw"], [mean, draw], images, measure)
+    return {"of_first": psnr(["D + R", "a draw"], [mean, draw], images)}
 
 
 def picture(net, images, others, alpha, sigma, steps: int, filename) -> None:
@@ -180,19 +186,28 @@ def picture(net, images, others, alpha, sigma, steps: int, filename) -> None:
 
 
 def table(cells: list) -> None:
-    for cell in cells:
-        title = f"\n{cell['data']}, network of {cell['network']}, {cell['kimg']:g} kimg, " \
-                f"{cell['count']} images, {cell['steps']} evaluations a draw: blur " \
-                f"{cell['alpha']:g} pixels, noise {cell['sigma']:g}"
-        if cell["given"]:
-            print(f"{title}; given as {cell['given']['alpha']:g}, {cell['given']['sigma']:g}")
-        else:
-            print(f"{title}; variance of draws {cell['spread']:.2f} of D + R's error; distance of "
-                  f"as many others {cell['floor']:.1f}")
-        for method, psnr, distance, power in zip(cell["methods"], cell["psnr"], cell["distance"],
-                                                 cell["power"]):
-            print(f"{method:12}PSNR {psnr:5.2f}   distance {distance:6.1f}   power "
-                  f"{top_bands({'power': power})}")
+    names = ("network", "data", "kimg", "count", "first", "steps", "checkpoint", "images")
+    for (network, data, kimg, count, first, steps, *_), same in groups(cells, *names).items():
+        print(f"\n{data}, {count} images; network of {network}, {kimg:g} kimg; {steps} evaluations "
+              f"a draw; distance of as many others {same[0].get('floor', 0):.1f}")
+        for cell in same:
+            print(f"blur {cell['alpha']:g} pixels, noise {cell['sigma']:g}")
+            of_first = listed_psnr(cell["of_first"])
+            if cell["given"]:
+                print(f"  given as blur {cell['given']['alpha']:g}, noise "
+                      f"{cell['given']['sigma']:g}: the first {first} have PSNR {of_first}")
+                continue
+            for method, value, distance, power in zip(cell["methods"], cell["psnr"],
+                                                      cell["distance"], cell["power"]):
+                print(f"  {method:8}PSNR {value:5.2f}   distance {distance:6.1f}   power "
+                      f"{top_bands({'power': power})}")
+            print(f"  the first {first}: PSNR {of_first}; their draws' variance is "
+                  f"{cell['spread']:.2f} of D + R's error")
+
+
+def listed_psnr(cell: dict) -> str:
+    pairs = zip(cell["methods"], cell["psnr"])
+    return ", ".join(f"{method} {value:.2f}" for method, value in pairs)
 
 
 def main():
