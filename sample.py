@@ -275,7 +275,7 @@ def ancestral_step(x, d, x0_hat, ahead, t, s, schedule: Schedule, noise):
     a = attenuation(less_blur, x)               # M_t / M_s: each of the two can underflow
     ratio = (sigma_s / sigma_t) ** 2
     kept = a ** 2 * ratio                       # of the noise's variance
-    e = dct2(d) - attenuation(alpha_t, x) * dct2(x0_hat)        # what the two heads disagree by
+    e = dct2(d) - attenuation(alpha_t, x) * dct2(x0_hat)        # what both heads disagree by
     m_s = attenuation(alpha_s, x)
     mean = (1 - kept) * m_s * dct2(ahead) + a * ratio * dct2(x) + (1 - ratio) * e
     return idct2(mean + sigma_s * (1 - kept).sqrt() * dct2(noise))              # (15)
@@ -287,9 +287,10 @@ SOLVERS = {"euler": euler, "heun": heun, "multistep": multistep, "ancestral": an
 
 
 def sample(net, schedule: Schedule, z: torch.Tensor, steps: int | None = None, mean_color=None,
-           init=None, y=None, level: float | None = None, solver: str = "heun", churn: float = 0.,
-           s_min: float = 0., s_max: float = math.inf, s_noise: float = 1.,
-           sigma_min: float | None = None, sigma_max: float | None = None, randn=None, watch=None):
+           init=None, y=None, level: float | None = None, solver: str = "heun",
+           churn: float = 0., s_min: float = 0., s_max: float = math.inf, s_noise: float = 1.,
+           sigma_min: float | None = None, sigma_max: float | None = None, randn=None,
+           watch=None):
     """Unit normal z [B, C, H, W] -> images, float64, not clamped.
 
     steps: 18, or 12 for multistep; multistep and ancestral have time steps of their own.
@@ -321,7 +322,8 @@ def sample(net, schedule: Schedule, z: torch.Tensor, steps: int | None = None, m
     if solver in ("multistep", "ancestral"):
         has_noise = schedule.levels(t_max)[1] > 0
         if churn or not has_noise:
-            raise UserError(f"{solver} needs a schedule with noise and no churn: use heun or euler")
+            raise UserError(f"{solver} needs a schedule with noise and no churn: use heun or "
+                            "euler")
         times = multistep_times(steps, h, w, schedule, t_min, t_max)
         if solver == "multistep":
             x = multistep(net, schedule, x, times, watch)
@@ -339,7 +341,8 @@ def sample(net, schedule: Schedule, z: torch.Tensor, steps: int | None = None, m
     return x
 
 
-def start(schedule: Schedule, t_max: float, z: torch.Tensor, mean_color=None, init=None, y=None):
+def start(schedule: Schedule, t_max: float, z: torch.Tensor, mean_color=None, init=None,
+          y=None):
     """The state at level t_max, from unit normal z [B, C, H, W]. See sample."""
     alpha, sigma = schedule.levels(t_max)
     z = z.double()
@@ -593,9 +596,9 @@ def prepare_restoring(args) -> None:
     others = [args.init, args.level, args.bnr, args.schedule, args.solver, args.churn or None,
               args.sigma_max]
     if args.blur is None or args.noise is None or others.count(None) < len(others):
-        raise UserError("--restore needs --blur and --noise, and takes none of --init, --level, "
-                        "--bnr, --schedule, --solver, --churn and --sigma-max")
-    args.solver = "ancestral" if args.noise else "heun"         # without noise there is one answer
+        raise UserError("--restore needs --blur and --noise, and takes none of --init, "
+                        "--level, --bnr, --schedule, --solver, --churn and --sigma-max")
+    args.solver = "ancestral" if args.noise else "heun"         # without noise: one answer
     if args.mean:
         args.steps = 1                                          # straight to 0, which is D + R
         args.seeds = args.seeds[:1]

@@ -60,10 +60,11 @@ def compute(args, cells: Cells) -> list:
         raise UserError(f"{data} has {count} images: --images {args.images} needs twice as many")
     images = references(data, side, args.images)
     others = references(data, side, min(count - args.images, REFERENCES), skip=args.images)
+    first = min(FIRST, args.images)
     measure = Measure(others[:50] if args.quick else others, args.device)
     key = {"images": torch.cat([images, others]), "checkpoint": args.ckpt, "steps": args.steps,
            "network": str(checkpoint["config"]["bnr"]), "data": load_once(data, side).name,
-           "count": args.images, "first": min(FIRST, args.images)}
+           "count": args.images, "first": first}
 
     pairs = levels_of(checkpoint)
     wrong_pairs = WRONG
@@ -72,14 +73,14 @@ def compute(args, cells: Cells) -> list:
         wrong_pairs = WRONG[:1]
     for alpha, sigma in pairs:
         def right():
-            return restored(net, images, others, alpha, sigma, args.steps, key["first"], measure)
+            return restored(net, images, others, alpha, sigma, args.steps, first, measure)
         cells.compute(right, alpha=alpha, sigma=sigma, given=None, **key)
     alpha, sigma = pairs[min(1, len(pairs) - 1)]
     for more_blur, more_noise in wrong_pairs:
         given = {"alpha": more_blur * alpha, "sigma": more_noise * sigma}
 
         def wrong():
-            return misled(net, images[:key["first"]], alpha, sigma, given, args.steps)
+            return misled(net, images[:first], alpha, sigma, given, args.steps)
         if given["alpha"] <= AnyBNR.max_bnr * given["sigma"] and key["network"] == "any":
             cells.compute(wrong, alpha=alpha, sigma=sigma, given=given, **key)
     picture(net, images[:SHOWN], others, alpha, sigma, args.steps, cells.file.with_suffix(".png"))
