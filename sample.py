@@ -274,11 +274,11 @@ def ancestral_step(x, d, x0_hat, ahead, t, s, schedule: Schedule, noise):
     less_blur = (alpha_t ** 2 - alpha_s ** 2).clamp(min=0).sqrt()
     a = attenuation(less_blur, x)               # M_t / M_s: each of the two can underflow
     ratio = (sigma_s / sigma_t) ** 2
-    kept = a ** 2 * ratio                       # of the noise's variance
+    remains = a ** 2 * ratio                    # of the noise's variance
     e = dct2(d) - attenuation(alpha_t, x) * dct2(x0_hat)        # what both heads disagree by
     m_s = attenuation(alpha_s, x)
-    mean = (1 - kept) * m_s * dct2(ahead) + a * ratio * dct2(x) + (1 - ratio) * e
-    return idct2(mean + sigma_s * (1 - kept).sqrt() * dct2(noise))              # (15)
+    mean = (1 - remains) * m_s * dct2(ahead) + a * ratio * dct2(x) + (1 - ratio) * e
+    return idct2(mean + sigma_s * (1 - remains).sqrt() * dct2(noise))              # (15)
 
 
 # From noise to images
@@ -337,7 +337,7 @@ def sample(net, schedule: Schedule, z: torch.Tensor, steps: int | None = None, m
                               s_noise=s_noise, randn=randn or partial(torch.randn_like, x))
         x = SOLVERS[solver](net, schedule, x, time_steps(steps, t_min, t_max), climber, watch)
     if not x.isfinite().all():
-        raise UserError("the network's answers led to an image that is not finite")
+        raise UserError("the outputs of the network led to an image that is not finite")
     return x
 
 

@@ -175,8 +175,8 @@ def ascending(item):
 
 def main_table(cells: list, enough):
     """Of the tables in which enough(cells of networks) is true, the one with the most cells."""
-    tables = [found for found in tables_of(cells) if enough(found[2])]
-    return max(tables, key=lambda found: len(found[2]), default=None)
+    tables = [of_title for of_title in tables_of(cells) if enough(of_title[2])]
+    return max(tables, key=lambda of_title: len(of_title[2]), default=None)
 
 
 def at_ratios(cells: list) -> list:
@@ -194,10 +194,10 @@ def of_any(cells: list) -> list:
 
 def draw_ratios(plt, cells: list):
     """Distance against BNR: a line of means, a point a network, and networks of one ratio."""
-    found = main_table(cells, enough=lambda same: len(groups(at_ratios(same), "bnr")) > 1)
-    if found is None:
+    chosen = main_table(cells, enough=lambda same: len(groups(at_ratios(same), "bnr")) > 1)
+    if chosen is None:
         return None
-    title, floors, same = found
+    title, floors, same = chosen
     one_network = at_ratios(same)
     solver = one_network[0]["solver"]
     nfe = one_network[0]["nfe"]
@@ -237,10 +237,10 @@ def fixed_ratio(cell: dict):
 
 def draw_evaluations(plt, cells: list):
     """Distance against NFE at one ratio: a line a solver."""
-    found = main_table(cells, enough=lambda same: len(groups(of_any(same), "nfe")) > 2)
-    if found is None:
+    chosen = main_table(cells, enough=lambda same: len(groups(of_any(same), "nfe")) > 2)
+    if chosen is None:
         return None
-    title, floors, same = found
+    title, floors, same = chosen
     by_ratio = groups(of_any(same), "bnr")
     (bnr,), at_ratio = max(by_ratio.items(), key=lambda item: (item[0] == (0.5,), len(item[1])))
     figure, axes = plt.subplots(figsize=(8, 4.8))
