@@ -41,15 +41,24 @@ TRAIN = str(ROOT / "train.py")
 
 @contextlib.contextmanager
 def started(line):
-    """A process that is gone with the block, however that ends."""
+    """A process that is gone with the block, and its children, however that ends."""
     process = subprocess.Popen(line, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, start_new_session=True)
+                               text=True)
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() is None:
+            for pid in (*children_of(process), process.pid):
+                os.kill(pid, signal.SIGKILL)
         process.communicate()
+
+
+def children_of(process) -> list:
+    """Their numbers; none where there is no /proc."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        return []
+    return [int(pid) for pid in children.read_text().split()]
 
 
 def finished(line, folder) -> str:
@@ -300,7 +309,7 @@ def test_two_processes_draw_the_same_images_as_one(by_two, trained, tmp_path):
     command_line(sample.main, *DRAWING.format(trained=trained).split(), tmp_path / "samples")
     names = [f"samples/{seed:06d}.png" for seed in range(3, 10)]
     for folder in (tmp_path, by_two):
-        assert sorted((folder / "samples").iterdir()) == [folder / name for name in names]
+        assert sorted(folder.glob("samples/*.png")) == [folder / name for name in names]
     for name in [*names, "samples-grid.png"]:
         one = np.asarray(Image.open(tmp_path / name)).astype(int)
         two = np.asarray(Image.open(by_two / name))
@@ -313,11 +322,6 @@ def test_an_own_script_under_torchrun_trains_each_run_once(by_two):
     for batch in ("batch 4 as 4 x 1 on 2 x cpu", "batch 4 as 2 x 2 on 2 x cpu"):
         assert printed.count(batch) == 1
     assert steps_of(by_two / "own") == [2]
-
-
-def children_of(process) -> list:
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-    return [int(child) for child in children.split()]
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes in /proc")
@@ -514,7 +518,7 @@ def test_a_damaged_run_is_one_line(trained, tmp_path):
 def test_damaged_options_are_one_line(trained, tmp_path, capsys):
     stored = json.loads((trained / "options.json").read_text())
     texts = {"{": "holds no run", "5": "holds no run", "null": "holds no run", "{}": "holds no run"}
-    texts[json.dumps({**stored, "preset": "x"})] = "holds no run"
+    texts[json.dumps({**stored, "preset": "x"})] = "--preset: invalid choice"
     texts[json.dumps({**stored, "batch": "x"})] = "--batch: must be"
     for text, message in texts.items():
         (tmp_path / "options.json").write_text(text)

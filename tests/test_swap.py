@@ -251,6 +251,7 @@ def test_other_parts_do_not_resume_a_run(tmp_path):
     refused("precondition Denoiser.*, not Noise", net=NoiseDenoiser(small_cnn().unet))
     refused("precondition Denoiser.*, not .*Same", net=Same(small_cnn().unet))
     refused("loss disentangled_loss, not doubled", loss=doubled)
+    refused("optimizer Adam, not SGD", optimizer=partial(torch.optim.SGD, lr=0.1))
     with pytest.raises(UserError, match="a run with sampling_levels"):
         train.train(options(tmp_path / "bnr", "--duration 0.032"), latents(), ConstantBNR(0.1))
 
