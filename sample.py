@@ -203,8 +203,9 @@ def integrate(u, t, s, nodes, schedule: Schedule, cells: int = 200):
         for l_k, _ in nodes:
             if l_k is not l_j:
                 basis = basis * (l - l_k) / (l_j - l_k)
-        of_x0_hat = torch.tensordot(basis.to(u.device), d_blurred, 1)           # [H, W]
-        of_e = (basis * d_noise).sum().to(u.device)
+        on_device = basis.to(u.device, non_blocking=True)
+        of_x0_hat = torch.tensordot(on_device, d_blurred, 1)                    # [H, W]
+        of_e = (basis * d_noise).sum()
         y = y + of_x0_hat * x0_hat + of_e * e
     return sigma[-1] * y                                                        # (5)
 
