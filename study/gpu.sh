@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Half an hour of any GPU: a network for every ratio, its sweep, samples and the throughput.
+# Half an hour of any GPU: what study/gpu.py finds in its first minutes, then a network for every
+# ratio, samples and its sweep.
 #
 #     bash study/gpu.sh 1500 c10/train            # seconds, and images as train.py takes them
 #     PRESET=tiny DEVICE=cpu SAMPLES=50 bash study/gpu.sh 90 leaves       # to try it on a CPU
 #
-# Half of the time is for training, which saves when its time is over and continues when the script
-# is started again. Then come the throughput and samples, and the rest is for the sweep.
+# The first minutes take a third of the time, and at most eight minutes: does everything run, does it
+# compute what a CPU does, how fast is it. Half of the rest is for training, which saves when its
+# time is over and continues when the script is started again. Then come samples and the sweep.
 # Checkpoints, images and results are in runs/gpu-PRESET/; their tables are printed at the end. It
 # ends with 1 where a program failed, or where one after the training did not come to its end.
 #
@@ -23,6 +25,10 @@ out=runs/gpu-$preset
 results=$out/results
 python=$(command -v python || command -v python3)
 start=$SECONDS
+first=$((limit / 3))
+[ "$first" -gt 470 ] && first=470
+toy=""
+[ "$device" = cpu ] && toy="--quick --only machine numbers data"
 failed=0
 short="--warmup 100 --ema 50 --log-every 10"            # the presets are for days
 [ "$preset" = tiny ] && short=""
@@ -58,14 +64,14 @@ within() {
 }
 left() { echo $((limit - 5 - SECONDS + start)); }         # 5 s are for the tables
 
-within train $((limit / 2)) "$python" train.py --data "$data" --preset "$preset" --bnr any \
+within first $((first + 20)) "$python" -m study.gpu --device "$device" --seconds "$first" \
+    --out "$out/first" $toy ${TRAIN_OPTIONS:-}
+within train $(($(left) / 2)) "$python" train.py --data "$data" --preset "$preset" --bnr any \
     --device "$device" --out "$out" $short ${TRAIN_OPTIONS:-}
 if [ ! -e "$out/ema.pt" ]; then
     tail -n 1 "$out/errors.txt"
     exit 2
 fi
-within speed $((limit / 5)) "$python" -m study.speed --device "$device" --preset "$preset" \
-    --runs 1 --results "$results"
 within samples "$(left)" "$python" sample.py --ckpt "$out/ema.pt" --device "$device" \
     --out "$out/samples"
 within strip "$(left)" "$python" -m study.strip --ckpt "$out/ema.pt" --device "$device" \
@@ -76,8 +82,8 @@ within sweep "$(left)" "$python" -m study.sweep --ckpt "$out/ema.pt" --data "$da
 
 echo "== training: the last line of $out/log.jsonl"
 tail -n 1 "$out/log.jsonl"
-echo "== throughput"
-tail -n +2 "$out/speed.txt"
+echo "== the first minutes"
+grep -v '^{' "$out/first.txt"
 echo "== sweep"
 "$python" -m study.sweep --plot-only --results "$results" 2>>"$out/errors.txt" \
     || { tail -n 1 "$out/errors.txt"; failed=1; }

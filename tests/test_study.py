@@ -507,4 +507,4 @@ def test_the_gpu_script_ends_in_time_with_its_table(tmp_path):
     need("sweep")
     done = gpu_script(tmp_path, 900, "leaves", TRAIN_OPTIONS="--duration 0.5")
     assert done.returncode == 0 and "multistep, NFE 18" in done.stdout, done.stdout
-    assert "BNR 10 " in done.stdout and "training " in done.stdout
+    assert "BNR 10 " in done.stdout and "numbers: eager fp32" in done.stdout
