@@ -238,20 +238,8 @@ def test_a_compiled_network_sees_one_size_of_batches(seeds, compiled, sizes, tmp
                            device="cpu")
     sample.draw_images(args, net, HALF, {"shape": [3, 8, 8]}, {"steps": 2})
     assert net.sizes == sizes
-    names = sorted(path.name for path in (tmp_path / "s").iterdir())
+    names = sorted(path.name for path in (tmp_path / "s").glob("*.png"))
     assert names == [f"{seed:06d}.png" for seed in seeds]
-
-
-def test_an_image_that_cannot_be_written_ends_the_program(tmp_path, capsys):
-    """Whichever thread writes it, also in the last batch."""
-    trained_on("cpu", options(tmp_path / "run", "--duration 0.004"), pictures())
-    for seed in (0, 5):
-        out = tmp_path / f"s{seed}"
-        (out / f"{seed:06d}.png").mkdir(parents=True)
-        line = refused(capsys, sample.main, "--ckpt", tmp_path / "run/ema.pt", "--seeds", "0-5",
-                       "--batch", 2, "--steps", 1, "--device", "cpu", "--out", out)
-        assert f"{seed:06d}.png" in line
-        assert not list(out.glob("*.part"))
 
 
 class SeesTF32(torch.nn.Module):
@@ -279,8 +267,14 @@ def test_tf32_is_for_the_network_alone(precision, tmp_path):
 
 
 class TooLarge(Denoiser):
+    """In training, but not when a copy of it is tried out before a run."""
+
+    def __init__(self, unet):
+        super().__init__(unet)
+        self.number = id(self)
+
     def forward(self, x, *args, **kwargs):
-        if self.training:
+        if self.training and self.number == id(self):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return super().forward(x, *args, **kwargs)
 

@@ -114,7 +114,8 @@ def make_network(args, data: Images, config: dict, net: Denoiser | None) -> Deno
         net = build(config)
         net.unet.check(h, w)
     else:
-        x = torch.randn(min(2, args.batch_gpu or args.batch), c, h, w, device=args.device)
+        device = next(net.parameters()).device                  # where its owner has put it
+        x = torch.randn(min(2, args.batch_gpu or args.batch), c, h, w, device=device)
         try_out(net, x, config["sampling_levels"][2], args.augment > 0, config)
     return net
 
