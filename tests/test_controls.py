@@ -9,7 +9,7 @@ import torch
 
 import train
 from data import Images, seed_for
-from degrade import ConstantBNR, dct2, degrade, idct2
+from degrade import ConstantBNR, dct2, idct2
 from exact import gaussian_images, m_of, normals, power_law
 from loss import disentangled_loss
 from model import Denoiser

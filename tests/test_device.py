@@ -14,7 +14,7 @@ from degrade import ConstantBNR, dct2
 from fid import mean_and_covariance
 from model import PARAMETERIZATIONS, Denoiser, UNet
 from other_device import OTHER, OtherDevice
-from runs import latents, log_of, options, pictures, refused, same, seen_by
+from runs import latents, log_of, options, pictures, same, seen_by
 from util.checkpoint import load_model, read_checkpoint
 from util.cli import UserError, progress
 from util.inception import InceptionV3
