@@ -478,8 +478,8 @@ def sampler_options(p: Parser) -> None:
       help="steps of the solver (default: 12 for multistep, 18 for ancestral, else the model's "
            "--sample-steps)")
     a("--solver", choices=list(SOLVERS), default="heun",
-      help="heun for the paper's numbers; multistep, with steps of its own, for few evaluations, "
-           "up to about BNR 0.5; ancestral, with fresh noise at each step (default heun)")
+      help="heun for the paper's numbers; multistep, with steps of its own, for few evaluations; "
+           "ancestral, with fresh noise at each step (default heun)")
     a("--schedule", choices=["blurring"],
       help="for a model of --bnr any: Hoogeboom & Salimans' schedule")
     a("--churn", type=number(float, 0, 1e6), default=0., help="EDM's S_churn (default 0)")
