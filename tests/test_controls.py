@@ -1,6 +1,8 @@
 """The arms of docs/claim.md in study/controls: each does what its plan says."""
+import argparse
 import importlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,9 @@ from exact import gaussian_images, m_of, normals, power_law
 from loss import disentangled_loss
 from model import Denoiser
 from sample import generate
-from study.controls import blurred_input, higher_levels, reweighted, split_targets
+from study import compare
+from study.controls import blurred_input, reweighted, split_targets
+from study.controls.__main__ import ARMS, HOT, WARM, table, verdict
 from util.checkpoint import load_model
 
 ROOT = Path(__file__).parent.parent
@@ -53,13 +57,6 @@ def test_the_table_of_reweighted_is_that_of_the_results():
     assert len(totals[0]) == len(totals[0.5]) == 6
     ratio = np.mean(totals[0.5], 0) / np.mean(totals[0], 0)
     assert ratio == pytest.approx(reweighted.RATIO, abs=5.1e-5)
-
-
-def test_higher_levels_is_hot_with_its_training_levels_moved():
-    alpha, sigma = higher_levels.schedule.training_levels(20000, 16, 16)
-    assert not alpha.any()
-    assert sigma.log().mean().item() == pytest.approx(-0.9, abs=0.03)
-    assert sigma.log().std().item() == pytest.approx(1.2, abs=0.03)
 
 
 def test_blurred_input_sees_no_high_frequency_of_its_state():
@@ -122,7 +119,7 @@ def test_networks_start_from_the_weights_of_the_preset(name, tmp_path):
         assert torch.equal(weights, others)
 
 
-@pytest.mark.parametrize("name", ["reweighted", "higher_levels", "blurred_input", "split_targets"])
+@pytest.mark.parametrize("name", ["reweighted", "blurred_input", "split_targets"])
 def test_each_arm_trains_resumes_and_samples(name, tmp_path):
     module = importlib.import_module(f"study.controls.{name}")
     for duration in ("0.032", "0.064"):
@@ -131,9 +128,8 @@ def test_each_arm_trains_resumes_and_samples(name, tmp_path):
         net = None
         if hasattr(module, "network"):
             net = module.network((3, 16, 16), 0)
-        parts = {part: getattr(module, part) for part in ("schedule", "loss")
-                 if hasattr(module, part)}
-        train.train(args, noise_images(), net=net, **parts)
+        loss = getattr(module, "loss", disentangled_loss)
+        train.train(args, noise_images(), net=net, loss=loss)
     net, checkpoint = load_model(str(tmp_path / "run/ema.pt"), net=net)
     assert checkpoint["seen"] == 64
     assert isinstance(net, Denoiser)
@@ -145,3 +141,45 @@ def noise_images() -> Images:
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=generator)
     return Images(x, name="noise")
+
+
+def test_arms_have_the_names_that_their_commands_give_them():
+    """The commands of docs/claim.md, as study.compare reads them."""
+    plan = (ROOT / "docs/claim.md").read_text()
+    commands = re.findall(r"\$arm --vary (.*)", plan)
+    networks = []
+    for command in commands:
+        variation, *others = command.split()
+        parsed = argparse.Namespace(vary=compare.variation(variation), parts="none", data=None)
+        networks += [variant.options for variant in compare.variants_of(parsed, others)]
+    assert len(commands) == 6
+    for network in (HOT, WARM, *ARMS.values()):
+        assert network in networks
+
+
+def test_the_verdicts_are_those_of_the_rule():
+    whole = [-11., -9., -10., -10., -11., -9.]
+    none = [1., -1., 0.5, -0.5, 0.2, -0.2]
+    half = [-5., -5.5, -4.5, -5., -5., -5.]
+    wide = [-20., 11., -25., 12., -15., 8.]
+    ahead = [2., 3., 2.5, 2., 3., 2.5]
+    assert verdict(none, whole, whole) == "does not explain it"
+    assert verdict(whole, none, whole) == "explains it"
+    assert verdict(half, half, whole) == "explains a part, 50%"
+    assert verdict(wide, wide, whole) == "undecided"
+    assert verdict(whole, ahead, whole) == "better than warm"
+    assert verdict(none, none, none) == "nothing to explain"
+
+
+def test_the_table_pairs_the_cells_of_one_seed(capsys):
+    cells = []
+    for seed in range(6):
+        for network, distance in ((HOT, 130.), (WARM, 120.), (ARMS["reweighted"], 121.)):
+            noise = 10 * seed + (seed % 3) * 0.1 * len(network)     # a seed's share drops out
+            cells.append({"kind": "samples", "network": network, "kimg": 120, "solver": "multistep",
+                          "nfe": 18, "samples": 5000, "seed": seed, "distance": distance + noise})
+    table(cells)
+    printed = capsys.readouterr().out
+    assert "| reweighted | 6 | -8.9 +- 0.1 | 0.0312 | -1.1 +- 0.1 | 0.0312 | explains" in printed
+    assert "warm - hot: -10.0 +- 0.0, p 0.0312, 6 pairs; means: hot 155.2, warm 145.2" in printed
+    assert "blurred input" not in printed                       # which has no cells

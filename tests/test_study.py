@@ -35,6 +35,7 @@ NETWORK = "the measure's network is in study/requirements.txt: what uses it is n
 SMALL = "--channels 8 --mult 1 --attention --batch 8 --sample-steps 2 --device cpu".split()
 COMMANDS = {                                    # program: the rest of its command line
     "compare": "--data set --vary parts=none,own.py --runs runs".split() + SMALL,
+    "likelihood": "--ckpt any/ema.pt hot/ema.pt --data set --device cpu".split(),
     "sweep": "--ckpt any/ema.pt hot/ema.pt --schedule blurring --device cpu".split(),
     "solvers": "--ckpt hot/ema.pt".split(),
     "manifold": "--ckpt any/ema.pt --bnr 0 2 --device cpu".split(),

@@ -1,0 +1,99 @@
+"""The rule of docs/claim.md, applied to the cells of its arms.
+
+    python -m study.controls --results study/results
+
+study.compare computes the cells, with --name controls; the commands are those of the plan.
+"""
+from statistics import mean
+
+from study.common import Cells, matching, parser
+from study.compare import FIELDS, interval, sign_flip_p
+
+HOT = {"preset": "tiny", "bnr": 0.}
+WARM = {"preset": "tiny", "bnr": 0.5}
+ARMS = {
+    "learning rate 1e-3": {**HOT, "lr": 0.001},
+    "learning rate 4e-3": {**HOT, "lr": 0.004},
+    "reweighted": {**HOT, "parts": "reweighted"},
+    "higher levels": {**HOT, "P_mean": -0.9},
+    "blurred input": {**HOT, "parts": "blurred_input"},
+    "split targets": {**HOT, "parts": "split_targets"},
+}
+KIMG = 120
+
+
+def distances(cells: list, network: dict) -> dict:
+    """{seed: distance} at 120 kimg."""
+    cells = matching(cells, kind="samples", network=network, kimg=KIMG, solver="multistep", nfe=18,
+                     samples=5000)
+    return {cell["seed"]: cell["distance"] for cell in cells}
+
+
+def less(one: dict, other: dict) -> list:
+    """one - other for each seed that has both."""
+    return [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+
+
+def side(differences: list) -> str:
+    """Where the 95 % interval of the mean lies: below 0, above 0, or "holds 0"."""
+    middle, half = interval(differences)
+    if middle + half < 0:
+        return "below 0"
+    if middle - half > 0:
+        return "above 0"
+    return "holds 0"
+
+
+def verdict(gain: list, lead: list, whole: list) -> str:
+    """The rule of docs/claim.md. gain: the arm less hot; lead: warm less the arm; whole: warm less
+    hot; each a difference a seed."""
+    if side(whole) != "below 0":
+        return "nothing to explain"
+    if side(lead) == "above 0":
+        return "better than warm"
+    if side(gain) == "below 0":
+        if side(lead) == "below 0":
+            return f"explains a part, {mean(gain) / mean(whole):.0%}"
+        return "explains it"
+    if side(lead) == "below 0":
+        return "does not explain it"
+    return "undecided"
+
+
+def row(name: str, gain: list, lead: list, result: str) -> str:
+    entries = [name, str(len(gain))]
+    for differences in (gain, lead):
+        middle, half = interval(differences)
+        entries += [f"{middle:+.1f} +- {half:.1f}", f"{sign_flip_p(differences):.3g}"]
+    return "| " + " | ".join([*entries, result]) + " |"
+
+
+def table(cells: list) -> None:
+    hot = distances(cells, HOT)
+    warm = distances(cells, WARM)
+    whole = less(warm, hot)
+    print("| arm | pairs | arm - hot | p | warm - arm | p | by the rule |")
+    print("|---|---|---|---|---|---|---|")
+    if len(whole) < 2:
+        return
+    for name, network in ARMS.items():
+        arm = distances(cells, network)
+        gain = less(arm, hot)
+        lead = less(warm, arm)
+        if len(gain) > 1 and len(lead) > 1:
+            print(row(name, gain, lead, verdict(gain, lead, whole)))
+    middle, half = interval(whole)
+    print(f"\nwarm - hot: {middle:+.1f} +- {half:.1f}, p {sign_flip_p(whole):.3g}, {len(whole)} "
+          f"pairs; means: hot {mean(hot.values()):.1f}, warm {mean(warm.values()):.1f}")
+
+
+def main():
+    p = parser("controls", "The rule of docs/claim.md, applied to the cells of its arms.")
+    args = p.parse_args()
+    args.plot_only = True
+    with p.one_line_errors():
+        table(Cells(args, "controls", FIELDS).cells)
+
+
+if __name__ == "__main__":
+    main()
