@@ -1,6 +1,15 @@
 """A GPU's code without a GPU: on a stand-in for another device (other_device.py), and what follows
 from the device elsewhere."""
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,9 +21,10 @@ import train
 from data import Images
 from degrade import ConstantBNR, dct2
 from fid import mean_and_covariance
+from loss import disentangled_loss
 from model import PARAMETERIZATIONS, Denoiser, UNet
 from other_device import OTHER, OtherDevice
-from runs import latents, log_of, options, pictures, same, seen_by
+from runs import ROOT, latents, log_of, options, pictures, same, seen_by, steps_of, words
 from util.checkpoint import load_model, read_checkpoint
 from util.cli import UserError, progress
 from util.inception import InceptionV3
@@ -242,6 +252,29 @@ def test_a_compiled_network_sees_one_size_of_batches(seeds, compiled, sizes, tmp
     assert names == [f"{seed:06d}.png" for seed in seeds]
 
 
+class Blocking(Recorder):
+    """In the way of the image that it is drawing."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def forward(self, x, *args, **kwargs):
+        self.name.mkdir(exist_ok=True)
+        return super().forward(x, *args, **kwargs)
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_an_image_that_cannot_be_written_is_an_error(seed, tmp_path):
+    """Whichever thread writes it, in the first batch and in the last."""
+    args = SimpleNamespace(out=str(tmp_path / "s"), seeds=range(6), batch=2, compile=False,
+                           device="cpu")
+    net = Blocking(tmp_path / f"s/{seed:06d}.png")
+    with pytest.raises(OSError, match=f"{seed:06d}.png"):
+        sample.draw_images(args, net, HALF, {"shape": [3, 8, 8]}, {"steps": 1})
+    assert not list(tmp_path.glob("s/*.part"))
+
+
 class SeesTF32(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -290,18 +323,19 @@ def test_out_of_memory_names_the_batch_to_take(more, advice, tmp_path):
         trained_on("cpu", options(tmp_path / "run", more), latents(), net=net)
 
 
-def test_snapshots_by_the_clock(tmp_path):
-    """A clock's interval that is always over: a log line and a checkpoint at each step."""
-    more = "--duration 0.012 --log-every 1000 --snapshot-every 0 --snapshot-minutes"
-    seen = []
+@pytest.mark.parametrize("minutes, steps", [(0, [6]), (1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6])])
+def test_snapshots_by_the_clock(minutes, steps, tmp_path, monkeypatch):
+    """By a clock on which each step takes a minute."""
+    clock = [0.]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
 
-    def on_log(line):
-        seen.append(line["step"])
-    trained_on("cpu", options(tmp_path / "a", f"{more} 0.0000001"), latents(), on_log=on_log)
-    assert seen == [1, 2, 3]
-    seen.clear()
-    trained_on("cpu", options(tmp_path / "b", f"{more} 1000"), latents(), on_log=on_log)
-    assert seen == [3]
+    def slow_loss(*args):
+        clock[0] += 60
+        return disentangled_loss(*args)
+    args = options(tmp_path / "run", "--duration 0.024 --log-every 1000 --snapshot-every 0 "
+                                     f"--snapshot-minutes {minutes}")
+    trained_on("cpu", args, latents(), loss=slow_loss)
+    assert steps_of(tmp_path / "run") == steps                  # each checkpoint has a line
 
 
 def test_without_a_terminal_a_bar_writes_every_30_seconds(capsys):
@@ -310,6 +344,56 @@ def test_without_a_terminal_a_bar_writes_every_30_seconds(capsys):
     bar = progress(total=1)
     assert bar.mininterval == 30
     bar.close()
+
+
+SRUN = """#!/bin/bash
+# two processes on this machine
+for i in 0 1; do
+    SLURM_PROCID=$i SLURM_LOCALID=$i "$@" &
+    pids="$pids $!"
+done
+echo $pids > $FOLDER/pids
+code=0
+for pid in $pids; do
+    wait $pid
+    last=$?
+    [ $last -gt $code ] && code=$last
+done
+exit $code
+"""
+SCONTROL = """#!/bin/bash
+[ "$1" = show ] && echo localhost || echo "$@" > $FOLDER/scontrol
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="Windows has no SIGUSR1")
+def test_the_pages_slurm_script_saves_and_queues_itself_again(tmp_path, images):
+    page = (ROOT / "docs/long-runs.md").read_text()
+    script, = [block for block in re.findall("(?:    .*\n)+", page) if "#SBATCH" in block]
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    more = " ".join(words(tmp_path / "run", "--duration 1000", data=images))
+    script = script.replace("29500", str(port))
+    script = script.replace("--data cifar10 --bnr 0.5 --out run", more)
+    assert more in script and str(port) in script
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("job", textwrap.dedent(script))):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "FOLDER": str(tmp_path), "SLURM_NTASKS": "2",
+                   "SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": "7"}
+    job = subprocess.Popen(tmp_path / "job", cwd=ROOT, env=environment, stderr=subprocess.PIPE,
+                           text=True)
+    until = time.time() + 300
+    while not (tmp_path / "run/ema.pt").exists() and time.time() < until:
+        time.sleep(0.2)
+    for pid in (tmp_path / "pids").read_text().split():
+        os.kill(int(pid), signal.SIGUSR1)
+    errors = job.communicate(timeout=300)[1]
+    assert (tmp_path / "scontrol").read_text() == "requeue 7\n", errors
+    assert errors.count("stopped and saved at") == 1
+    assert seen_by(tmp_path / "run") == 4 * steps_of(tmp_path / "run")[-1]
 
 
 # torch.export
