@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 ROOT = Path(__file__).parent.parent
-OTHER = torch.device("meta")                    # every build of torch lets tensors be called so
+# Every build of torch lets tensors be called so. Not "meta" alone, whose tensors the caches of
+# degrade.py may hold already
+OTHER = torch.device("meta", 1)
 READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal",
          "aten::nonzero", "aten::masked_select"}
 PINNING = {"aten::pin_memory", "aten::_pin_memory"}

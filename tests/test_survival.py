@@ -39,11 +39,16 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
 TRAIN = str(ROOT / "train.py")
 
 
+def with_default_interrupt():
+    """In a process that is started: nohup and shells in the background leave Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @contextlib.contextmanager
 def started(line):
     """A process that is gone with the block, and its children, however that ends."""
     process = subprocess.Popen(line, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True)
+                               text=True, preexec_fn=with_default_interrupt)
     try:
         yield process
     finally:
