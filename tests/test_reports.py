@@ -308,6 +308,17 @@ def profile(space, tags):
     return header.ljust(128, b"\0") + table + body
 
 
+def print_profile():
+    """Of a printer whose cyan, magenta and yellow are gray ink: each takes a third of the light."""
+    nodes = np.indices((2, 2, 2, 2)).reshape(4, -1).T           # C, M, Y and K
+    light = 255 * (1 - nodes[:, :3].mean(1)) * (1 - nodes[:, 3])
+    lab = np.stack([light, 0 * light + 128, 0 * light + 128], 1).round().astype(np.uint8)
+    table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1) \
+        + 4 * bytes(range(256)) + lab.tobytes() + 3 * bytes(range(256))
+    made = profile(b"CMYK", {b"A2B0": table})
+    return made[:12] + b"prtr" + made[16:20] + b"Lab " + made[24:]
+
+
 def matrix_profile(red, green, blue, gamma):
     """The primaries as XYZ under D50."""
     tags = {b"wtpt": b"XYZ \0\0\0\0" + fixed(0.9642, 1, 0.8249)}
@@ -359,6 +370,18 @@ def test_gray_and_transparent_images_have_profiles_too(tmp_path, capsys):
     x = read_image(tmp_path / "b.png", 3, 16, 16)[0].permute(1, 2, 0).numpy()
     assert (x[values <= 99] == 255).all()
     assert abs(int(x[values > 99][0, 0]) - 200) > 8
+
+
+def test_inks_of_a_profile_become_srgb(tmp_path, capsys):
+    inks = np.array([[0, 0, 0, 0], [255, 255, 0, 0], [0, 0, 0, 255], [255, 0, 0, 0]], np.uint8)
+    Image.fromarray(inks[None].repeat(4, 0), "CMYK").save(tmp_path / "a.tif",
+                                                          icc_profile=print_profile())
+    images, messages = warned(capsys, tmp_path)
+    assert "profile" not in messages
+    lightness = np.array([100, 100 / 3, 0, 200 / 3])
+    linear = np.where(lightness > 8, ((lightness + 16) / 116) ** 3, lightness / 903.3)
+    found = images.images[0, :, 0].numpy()                                      # [3, 4]
+    assert np.abs(found - encode_srgb(linear)).max() < 3
 
 
 def test_srgb_changes_nothing_and_a_profile_of_no_use_is_counted(tmp_path, capsys):
