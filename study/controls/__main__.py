@@ -8,6 +8,7 @@ from statistics import mean
 
 from study.common import Cells, matching, parser
 from study.compare import FIELDS, interval, sign_flip_p
+from util.cli import UserError
 
 HOT = {"preset": "tiny", "bnr": 0.}
 WARM = {"preset": "tiny", "bnr": 0.5}
@@ -90,9 +91,13 @@ def table(cells: list) -> None:
 def main():
     p = parser("controls", "The rule of docs/claim.md, applied to the cells of its arms.")
     args = p.parse_args()
-    args.plot_only = True
+    args.plot_only = False                      # or a file that is missing asks to leave that out
     with p.one_line_errors():
-        table(Cells(args, "controls", FIELDS).cells)
+        cells = Cells(args, "controls", FIELDS)
+        if not cells.cells:
+            raise UserError(f"{cells.file} has no cells yet: docs/claim.md has the commands that "
+                            "compute them")
+        table(cells.cells)
 
 
 if __name__ == "__main__":
