@@ -53,17 +53,20 @@ PRESETS = {
 
 def options(argv=None) -> argparse.Namespace:
     """The options of a command line, with those of the preset."""
-    p = Parser(description="Train a diffusion model of blur and noise. A kimg: 1,000 images seen. "
-                           "Defaults are --preset cifar10's; data other than cifar10 take tiny.")
-    add_options(p)
     argv = sys.argv[1:] if argv is None else argv
-    given = p.parse_args(argv)
+    first_pass = Parser(add_help=False)         # --help waits until the preset is known
+    add_options(first_pass)
+    given, _ = first_pass.parse_known_args(argv)
     if given.resume:
-        argv = [*options_of_run(p, given), *argv]
         if given.preset:
-            p.error("--preset is for a new run: give the options that change")
-        given = p.parse_args(argv)
+            first_pass.error("--preset is for a new run: give the options that change")
+        argv = [*options_of_run(first_pass, given), *argv]
+        given, _ = first_pass.parse_known_args(argv)
     preset = given.preset or default_preset(given.data)
+    p = Parser(description="Train a diffusion model of blur and noise. A kimg: 1,000 images seen. "
+                           f"The defaults below are those of --preset {preset}: --data cifar10 "
+                           "takes cifar10, other data tiny.")
+    add_options(p)
     p.set_defaults(**PRESETS[preset], preset=preset)
     args = p.parse_args(argv)
     if args.resume not in (None, args.out):
@@ -81,7 +84,7 @@ def options(argv=None) -> argparse.Namespace:
 def add_options(p: Parser) -> None:
     def a(name, default, text, **kw):
         if default is not None and default is not False:
-            text += f" (default {default})"
+            text += " (default %(default)s)"
         p.add_argument(name, default=default, help=text, **kw)
 
     a("--data", "leaves", "leaves, cifar10, or a folder, zip, tar, .npy or .npz of images")
@@ -94,7 +97,7 @@ def add_options(p: Parser) -> None:
     a("--P-mean", -1.2, "mean of ln sigma in training", type=number(float, -20, 20))
     a("--P-std", 1.2, "its standard deviation", type=number(float, 0.001, 20))
     a("--cond", False, "condition on classes: folders", action=argparse.BooleanOptionalAction)
-    a("--preset", None, "recipe (default: cifar10 for cifar10, else tiny)", choices=PRESETS)
+    a("--preset", None, "recipe: the defaults of the options that follow", choices=PRESETS)
     a("--out", "run", "folder of checkpoints, log and grids; one that holds a run resumes it")
     a("--resume", None, "go on with the run in this folder, and its options but for those given",
       metavar="RUN")
@@ -150,9 +153,15 @@ def options_of_run(p: Parser, given) -> list:
     for name, value in stored.items():
         if value is None or name not in vars(given):
             continue
-        words.append(("--no-" if value is False else "--") + name.replace("_", "-"))
-        if not isinstance(value, bool):
-            words += map(str, value if isinstance(value, list) else [value])
+        option = name.replace("_", "-")
+        if value is True:
+            words.append(f"--{option}")
+        elif value is False:
+            words.append(f"--no-{option}")
+        elif isinstance(value, list):
+            words += [f"--{option}", *map(str, value)]
+        else:
+            words.append(f"--{option}={value}")                 # it may start with -
     return words
 
 

@@ -25,7 +25,7 @@ from sample import generate, sampling_schedule
 from util.checkpoint import load_model, read_checkpoint
 from util.cli import Parser, UserError
 from util.images import normalize
-from util.run import unet_config
+from util.run import unet_config, write_options
 
 
 def small_unet(**given) -> UNet:
@@ -556,6 +556,26 @@ def test_what_a_user_can_get_wrong_is_one_line(images, tmp_path, capsys):
         last = refused(capsys, train.main, *words(tmp_path / "new", text, data=images, duration=1))
         assert message in last, (text, last)
         assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("line, duration, batch", [
+    ("", "60.0", "16"), ("--data cifar10", "200000.0", "512"),
+    ("--preset ffhq64", "200000.0", "256")])
+def test_help_shows_the_defaults_in_force(line, duration, batch, capsys):
+    with pytest.raises(SystemExit) as e:
+        train.options([*line.split(), "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert e.value.code == 0
+    assert f"kimg to train for (default {duration})" in text
+    assert f"over all GPUs and accumulation (default {batch})" in text
+
+
+def test_a_run_in_its_folder_has_any_value_that_can_be_given(tmp_path):
+    given = options(tmp_path / "run", "--P-mean=-1e-05 --data=-x- --no-cond --mult 1 2 --compile")
+    (tmp_path / "run").mkdir()
+    write_options(given)
+    again = train.options(["--resume", str(tmp_path / "run"), "--device", "cpu"])
+    assert vars(again) == vars(given)
 
 
 def test_running_out_of_memory_and_an_interrupt_are_one_line(tmp_path, capsys):

@@ -336,9 +336,9 @@ def describe(args, run: dict, data: Images, net: Denoiser, seen: int, bf16: bool
     count = sum(p.numel() for p in net.parameters())
     frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
     precision = "bf16" if bf16 else "fp32"
-    say(f"{count:,} parameters, {frozen:,} of them frozen; {precision}; batch {args.batch} as "
-        f"{args.batch // micro} x {micro} on {world_size()} x {args.device}; from {seen / 1000:g} "
-        f"to {args.duration:g} kimg")
+    say(f"preset {args.preset}: {count:,} parameters, {frozen:,} of them frozen; {precision}; "
+        f"batch {args.batch} as {args.batch // micro} x {micro} on {world_size()} x {args.device}; "
+        f"from {seen / 1000:g} to {args.duration:g} kimg")
     (alpha_min, sigma_min), (alpha_max, sigma_max) = run["config"]["training_range"]
     say(f"{run['config']['schedule'] or 'BNR ' + str(args.bnr)}: blur of {alpha_min:g} to "
         f"{alpha_max:g} pixels and noise of {sigma_min:g} to {sigma_max:g} for nine images in ten")
