@@ -91,8 +91,7 @@ def options():
     a("--samples", type=number(int, 50), default=SAMPLES, help="a cell (default 5000)")
     a("--name", default="compare", help="of the files in --results (default compare)")
     a("--runs", default="runs/compare", help="folder of the networks (default runs/compare)")
-    a("--compile", action="store_true", help="torch.compile sampler and measure: on a CPU 1.4 "
-                                             "times as fast, after minutes")
+    a("--compile", action="store_true", help="torch.compile training, sampler and measure")
     add_device_option(p)
     args, others = p.parse_known_args()
     if args.quick:
@@ -197,9 +196,11 @@ def trained(args, variant: Variant, seed: int, training: Images) -> str:
     if not missing:
         return out
     every = math.gcd(*(round(kimg * 1000) for kimg in args.kimg)) / 1000
-    run_args = train.options([*variant.argv, "--seed", str(seed), "--out", out, "--device",
-                              args.device, "--duration", str(max(args.kimg)), "--keep-every",
-                              str(every)])
+    argv = [*variant.argv, "--seed", str(seed), "--out", out, "--device", args.device,
+            "--duration", str(max(args.kimg)), "--keep-every", str(every)]
+    if args.compile:
+        argv.append("--compile")
+    run_args = train.options(argv)
     parts = {name: part for name, part in variant.parts.items() if name != "network"}
     net = make_own_network(variant, training, seed)
     with signals_noted() as signals:
