@@ -214,8 +214,8 @@ def main():
     args = p.parse_args()
     with p.one_line_errors():
         # All is read before the network, so that a wrong name is an error at once.
-        samples = [read_input(spec, args.resolution, keep=False) for spec in args.samples]
         reference = read_input(args.ref, args.resolution)
+        samples = [read_input(spec, args.resolution, keep=False) for spec in args.samples]
         inception, digest = load_inception(args.weights, args.device)
         net = partial(inception, resize=args.resize)
         settings = {"resize": args.resize, "weights": digest}

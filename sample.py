@@ -581,10 +581,10 @@ def main():
         else:
             schedule = sampling_schedule(checkpoint, args.bnr, args.schedule)
         options.update(start_options(args, schedule, facts))
-        draw_images(args, net, schedule, facts, options)
+        grid = draw_images(args, net, schedule, facts, options)
         if rank() == 0:
-            say(f"{len(args.seeds)} images, {args.solver} {options['steps']} steps, NFE {nfe} "
-                f"(network evaluations an image): {args.out}/")
+            say(f"{len(args.seeds)} images in {args.out}/{grid}; {args.solver}, "
+                f"{options['steps']} steps, NFE {nfe} (network evaluations per image)")
 
 
 def prepare_restoring(args) -> None:
@@ -639,9 +639,10 @@ def read_degraded(filename: str, shape) -> torch.Tensor:
     return torch.from_numpy(y)[None]
 
 
-def draw_images(args, net, schedule: Schedule, facts: dict, options: dict) -> None:
+def draw_images(args, net, schedule: Schedule, facts: dict, options: dict) -> str:
     """One file a seed in the folder --out, but for those that are there, and a grid of the first
-    256; processes share them. A batch is saved while the next one is computed."""
+    256; processes share them. A batch is saved while the next one is computed. Returns what to say
+    of the grid."""
     c, h, w = facts["shape"]
     suffix = ".png" if c in (1, 3) and not facts.get("latents") else ".npy"
     ours = args.seeds[rank()::world_size()]
@@ -668,12 +669,16 @@ def draw_images(args, net, schedule: Schedule, facts: dict, options: dict) -> No
         list(written)
     with one_after_another():               # the first has to wait for the others here
         pass
-    if rank() == 0 and suffix == ".png":
-        first = [read_image(f"{args.out}/{seed:06d}.png", c, h, w) for seed in args.seeds[:256]]
-        given = options.get("y", options.get("init"))
-        if given is not None:
-            first = [to_uint8(given), *first]
-        save_grid(torch.cat(first), f"{args.out}-grid.png")
+    if rank() > 0 or suffix == ".npy":
+        return ""
+    first = [read_image(f"{args.out}/{seed:06d}.png", c, h, w) for seed in args.seeds[:256]]
+    which = f"the first {len(first)}" if len(first) < len(args.seeds) else "all"
+    given = options.get("y", options.get("init"))
+    if given is not None:
+        first = [to_uint8(given), *first]
+        which += ", after the given one,"
+    save_grid(torch.cat(first), f"{args.out}-grid.png")
+    return f", {which} in {args.out}-grid.png"
 
 
 def save_array(state: torch.Tensor, filename: str) -> None:

@@ -135,7 +135,11 @@ def ratio(text: str):
     """An argparse type: a number of at least 0, inf or any."""
     if text == "any":
         return text
-    return number(float, 0)(text)
+    try:
+        return number(float, 0)(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, inf or any, not "
+                                         f"{text!r}") from None
 
 
 def default_preset(data: str) -> str:
@@ -170,7 +174,9 @@ def main():
     with Parser().one_line_errors(), signals_noted() as signals:
         train(args, signals=signals)
         if rank() == 0 and not signals:
-            say(f"python sample.py --ckpt {shlex.quote(f'{args.out}/ema.pt')}")
+            ema = shlex.quote(f"{args.out}/ema.pt")
+            samples = shlex.quote(f"{args.out}/samples")
+            say(f"To draw images: python sample.py --ckpt {ema} --out {samples}")
     if signals:
         sys.exit(128 + signals[0])
 

@@ -377,7 +377,7 @@ def draw_difference(plt, cells: list):
         ends.append((plot_means(axes, same, "nfe", "more", color), curve, color))
     axes.axhline(0, color="gray", lw=1.5)
     axes.set_xticks(sorted(set(column(points, "nfe"))))
-    axes.set(xlabel="NFE, network evaluations an image",
+    axes.set(xlabel="NFE, network evaluations per image",
              ylabel="distance, blind less given", title="Below 0, blind samples are better")
     label_lines(axes, ends)
     return figure

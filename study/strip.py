@@ -8,6 +8,7 @@ import math
 import numpy as np
 from tqdm import tqdm
 
+from degrade import ColdSchedule
 from sample import generate, sampler, sampler_options, sampling_schedule, seed_list
 from util.checkpoint import load_model
 from util.cli import Parser, UserError, number
@@ -74,8 +75,9 @@ def main():
             seeds = args.seeds[:1]
         rows, times = rows_of(net, schedules, checkpoint["data"]["shape"], seeds, args.device,
                               **sampling)
-        labeled_grid(rows, [f"t = {t:.3g}" for t in times], args.out)
-        print(f"{args.out}: {nfe} network evaluations an image")
+        level = "alpha" if isinstance(schedules[0], ColdSchedule) else "sigma"
+        labeled_grid(rows, [f"{level} = {t:.2g}" for t in times], args.out)
+        print(f"{args.out}: {nfe} network evaluations per image")
 
 
 if __name__ == "__main__":

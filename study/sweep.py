@@ -253,7 +253,7 @@ def draw_evaluations(plt, cells: list):
         ends.append((floor["distance"], "other images", "gray"))
     axes.set_xticks(sorted(set(column(at_ratio, "nfe")) - {17}))            # too near to 18
     axes.set_ylim(0)
-    axes.set(xlabel="NFE, network evaluations an image", ylabel="Frechet distance",
+    axes.set(xlabel="NFE, network evaluations per image", ylabel="Frechet distance",
              title=f"{title}, BNR {bnr:g}")
     label_lines(axes, ends)
     return figure

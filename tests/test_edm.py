@@ -81,7 +81,7 @@ def test_it_is_sampled_from_the_command_line(converted, tmp_path, monkeypatch, c
     for label in "34":
         run(monkeypatch, sample.main, "--ckpt", converted["cond"], "--class", label, "--device",
             "cpu", "--seeds", "0-1", "--out", tmp_path / label)
-        assert "heun 18 steps, NFE 35" in capsys.readouterr().out
+        assert "heun, 18 steps, NFE 35" in capsys.readouterr().out
         grids.append((tmp_path / f"{label}-grid.png").read_bytes())
     assert grids[0] != grids[1]
 

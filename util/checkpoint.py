@@ -51,6 +51,8 @@ def read_checkpoint(filename: str) -> dict:
         checkpoint = dict(torch.load(filename, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         raise UserError(f"{filename} does not exist: train.py makes such files") from None
+    except IsADirectoryError:
+        raise UserError(f"{filename} is a folder: give the ema.pt of a run") from None
     except Exception:                                           # zip, pickle and torch differ
         raise UserError(f"{filename} is not a checkpoint of this project, or it is damaged") \
             from None

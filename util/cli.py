@@ -140,8 +140,11 @@ def device_name(text: str) -> str:
     if text == "cpu":
         return text
     gpu = int(os.environ.get("LOCAL_RANK", 0))
-    if text != "cuda" or gpu >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"must be cpu, or cuda with a GPU each, not {text!r}")
+    if text != "cuda":
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda, not {text!r}")
+    if gpu >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"cuda needs a GPU for each process, and torch sees "
+                                         f"{torch.cuda.device_count()}")
     torch.cuda.set_device(gpu)
     return text
 

@@ -192,7 +192,8 @@ def claim_folder(folder, draw: dict) -> set:
     if not there:
         file.write_text(text)
     elif not file.exists() or file.read_text(errors="replace") != text:
-        raise UserError(f"{folder} holds images of another draw: remove it, or give another --out")
+        raise UserError(f"{folder} holds images of another draw: remove it, or give another "
+                        f"folder, as in --out {os.path.basename(folder)}-2")
     return there
 
 
@@ -247,10 +248,11 @@ def open_source(path: Path, files: dict, array: str) -> Source:
     except UserError:
         raise
     except Exception as error:                                  # zip, tar, NumPy differ
+        if is_image(path):
+            raise UserError(f"{path} is one image: give its folder") from None
         problem = " ".join(str(error).split(":")[0].split())
-        advice = "is one image: give its folder" if is_image(path) else GIVE
         kind = type(error).__name__
-        raise UserError(f"{path} cannot be read ({kind}: {problem}): {advice}") from None
+        raise UserError(f"{path} cannot be read ({kind}: {problem}): {GIVE}") from None
 
 
 def decode_all(entries: list, resolution: int | None) -> tuple[np.ndarray | None, dict]:
@@ -271,7 +273,7 @@ def decode_all(entries: list, resolution: int | None) -> tuple[np.ndarray | None
                 images = np.empty((len(entries), 3, h, w), np.uint8)
             if (h, w) != images.shape[2:]:
                 raise UserError(f"{image.name} and the first image have different sizes: give "
-                                "a resolution to crop and resize them to")
+                                "--resolution, a side to crop and resize them to")
             images[len(facts)] = image.pixels                   # gray: three equal channels
             facts[image.name] = image.facts
             channels = max(channels, c)

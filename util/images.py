@@ -101,9 +101,11 @@ def read_image(filename, channels: int, height: int, width: int,
     try:
         image, _ = open_upright(filename)
         if not resize and image.size != (width, height):
-            raise ValueError(f"it has {image.width} x {image.height} pixels, and must have "
-                             f"{width} x {height}")
+            raise UserError(f"{filename} has {image.width} x {image.height} pixels, and must have "
+                            f"{width} x {height}")
         image = crop_and_resize(image.convert(modes[channels]), width, height)
+    except UserError:
+        raise
     except Exception as error:                                  # decoders raise anything
         raise UserError(f"{filename} is not an image that can be read as one of {channels} "
                         f"channels: {reason(error)}") from None
