@@ -324,7 +324,7 @@ def test_two_processes_draw_the_same_images_as_one(by_two, trained, tmp_path):
 def test_an_own_script_under_torchrun_trains_each_run_once(by_two):
     """It needs no process group of its own; the processes share the batch of each run."""
     printed = (by_two / "printed").read_text()
-    for batch in ("batch 4 as 4 x 1 on 2 x cpu", "batch 4 as 2 x 2 on 2 x cpu"):
+    for batch in ("batch 4, 1 at a time, on 2 x cpu", "batch 4, on 2 x cpu"):
         assert printed.count(batch) == 1
     assert steps_of(by_two / "own") == [2]
 

@@ -335,13 +335,19 @@ def describe(args, run: dict, data: Images, net: Denoiser, seen: int, bf16: bool
         f"{listed(facts['std'])}; {net.classes or 'no'} classes")
     count = sum(p.numel() for p in net.parameters())
     frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
+    parameters = f"{count:,} parameters"
+    if frozen:
+        parameters += f", {frozen:,} of them frozen"
+    batch = f"batch {args.batch}"
+    if micro * world_size() < args.batch:
+        batch += f", {micro} at a time"
     precision = "bf16" if bf16 else "fp32"
-    say(f"preset {args.preset}: {count:,} parameters, {frozen:,} of them frozen; {precision}; "
-        f"batch {args.batch} as {args.batch // micro} x {micro} on {world_size()} x {args.device}; "
-        f"from {seen / 1000:g} to {args.duration:g} kimg")
+    say(f"preset {args.preset}: {parameters}; {batch}, on {world_size()} x {args.device} in "
+        f"{precision}; from {seen / 1000:g} to {args.duration:g} kimg")
     (alpha_min, sigma_min), (alpha_max, sigma_max) = run["config"]["training_range"]
-    say(f"{run['config']['schedule'] or 'BNR ' + str(args.bnr)}: blur of {alpha_min:g} to "
-        f"{alpha_max:g} pixels and noise of {sigma_min:g} to {sigma_max:g} for nine images in ten")
+    say(f"{run['config']['schedule'] or 'BNR ' + str(args.bnr)}: nine of ten images are trained at "
+        f"a blur of {alpha_min:g} to {alpha_max:g} pixels and noise of {sigma_min:g} to "
+        f"{sigma_max:g}")
     warn_of_range(run["config"])
     if data.latents:
         warn_of_scale(facts, net.sigma_data)
