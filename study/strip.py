@@ -76,7 +76,7 @@ def main():
         rows, times = rows_of(net, schedules, checkpoint["data"]["shape"], seeds, args.device,
                               **sampling)
         level = "alpha" if isinstance(schedules[0], ColdSchedule) else "sigma"
-        labeled_grid(rows, [f"{level} = {t:.2g}" for t in times], args.out)
+        labeled_grid(rows, [f"{level} {t:.2g}" for t in times], args.out)
         print(f"{args.out}: {nfe} network evaluations per image")
 
 
