@@ -58,7 +58,7 @@ def test_a_schedule(tmp_path, images):
     script("A schedule", tmp_path / "run", images)
     config = config_of(tmp_path / "run")
     (_, low), (_, high) = config["training_range"]
-    assert config["schedule"] == "Square"
+    assert config["schedule"] == "Bent"
     assert config["sampling_levels"][-1][1] == pytest.approx(60)
     assert math.log(low * high) / 2 == pytest.approx(-1, abs=0.15)              # P_mean
 

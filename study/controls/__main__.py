@@ -36,13 +36,13 @@ def less(one: dict, other: dict) -> list:
 
 
 def side(differences: list) -> str:
-    """Where the 95 % interval of the mean lies: below 0, above 0, or "holds 0"."""
+    """Where the 95 % interval of the mean lies: below 0, above 0, or "contains 0"."""
     middle, half = interval(differences)
     if middle + half < 0:
         return "below 0"
     if middle - half > 0:
         return "above 0"
-    return "holds 0"
+    return "contains 0"
 
 
 def verdict(gain: list, lead: list, whole: list) -> str:
