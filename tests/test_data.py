@@ -249,7 +249,7 @@ def test_images_are_cropped_in_the_middle_and_resized(tmp_path):
     d = load(as_folder(tmp_path / "a", files), 10)
     assert d.images.shape == (3, 3, 10, 10) and (d.images[:, :, 1:-1, 1:-1] == 200).all()
     assert d.why_unlabeled == "3 of 3 images lie in no folder of a class"
-    with pytest.raises(UserError, match="w.png and the first image have different sizes: give --resolution"):
+    with pytest.raises(UserError, match="w.png and the first image have different sizes: give --r"):
         load(tmp_path / "a")
     large = load(as_folder(tmp_path / "b", {"l.png": encoded(pixels(40, 40))}), 10)
     assert np.array_equal(hwc(large.images[0]), lanczos(pixels(40, 40), 10))
