@@ -581,10 +581,13 @@ def main():
         else:
             schedule = sampling_schedule(checkpoint, args.bnr, args.schedule)
         options.update(start_options(args, schedule, facts))
-        grid = draw_images(args, net, schedule, facts, options)
+        draw_images(args, net, schedule, facts, options)
         if rank() == 0:
-            say(f"{len(args.seeds)} images in {args.out}/{grid}; {args.solver}, "
-                f"{options['steps']} steps, NFE {nfe} (network evaluations per image)")
+            places = f"{args.out}/"
+            if image_suffix(facts) == ".png":
+                places += f", {draw_grid(args, facts, options)}"
+            say(f"{len(args.seeds)} images in {places}; {args.solver}, {options['steps']} steps, "
+                f"NFE {nfe} (network evaluations per image)")
 
 
 def prepare_restoring(args) -> None:
@@ -639,12 +642,17 @@ def read_degraded(filename: str, shape) -> torch.Tensor:
     return torch.from_numpy(y)[None]
 
 
-def draw_images(args, net, schedule: Schedule, facts: dict, options: dict) -> str:
-    """One file a seed in the folder --out, but for those that are there, and a grid of the first
-    256; processes share them. A batch is saved while the next one is computed. Returns what to say
-    of the grid."""
-    c, h, w = facts["shape"]
-    suffix = ".png" if c in (1, 3) and not facts.get("latents") else ".npy"
+def image_suffix(facts: dict) -> str:
+    """.png for gray and RGB images; .npy for latents and other numbers of channels."""
+    if facts["shape"][0] in (1, 3) and not facts.get("latents"):
+        return ".png"
+    return ".npy"
+
+
+def draw_images(args, net, schedule: Schedule, facts: dict, options: dict) -> None:
+    """One file a seed in the folder --out, but for those that are there; processes share them. A
+    batch is saved while the next one is computed."""
+    suffix = image_suffix(facts)
     ours = args.seeds[rank()::world_size()]
     draw = {**vars(args), "steps": options["steps"], "seeds": sorted(args.seeds)}
     draw.update(out=None, batch=None, device=None, compile=None)                # they change none
@@ -669,8 +677,12 @@ def draw_images(args, net, schedule: Schedule, facts: dict, options: dict) -> st
         list(written)
     with one_after_another():               # the first has to wait for the others here
         pass
-    if rank() > 0 or suffix == ".npy":
-        return ""
+
+
+def draw_grid(args, facts: dict, options: dict) -> str:
+    """Saves the first 256 images as one picture, after the one that was given, and returns what it
+    holds and its name, in words."""
+    c, h, w = facts["shape"]
     first = [read_image(f"{args.out}/{seed:06d}.png", c, h, w) for seed in args.seeds[:256]]
     which = f"the first {len(first)}" if len(first) < len(args.seeds) else "all"
     given = options.get("y", options.get("init"))
@@ -678,7 +690,7 @@ def draw_images(args, net, schedule: Schedule, facts: dict, options: dict) -> st
         first = [to_uint8(given), *first]
         which += ", after the given one,"
     save_grid(torch.cat(first), f"{args.out}-grid.png")
-    return f", {which} in {args.out}-grid.png"
+    return f"{which} in {args.out}-grid.png"
 
 
 def save_array(state: torch.Tensor, filename: str) -> None:

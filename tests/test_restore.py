@@ -310,8 +310,12 @@ def restore(folder, ckpt, *more, y="y.png", blur=1, noise=0.1):
                  "--seeds", "0-2", "--restore", folder / y, "--blur", blur, "--noise", noise, *more)
 
 
-def test_restore_draws_an_image_a_seed_and_shows_the_input_first(degraded):
+def test_restore_draws_an_image_a_seed_and_shows_the_input_first(degraded, capsys):
     restore(degraded, checkpoint(degraded / "any.pt"))
+    out = degraded / "out"
+    assert capsys.readouterr().out.splitlines()[-1] == \
+        (f"3 images in {out}/, all, after the given one, in {out}-grid.png; ancestral, 18 steps, "
+         "NFE 18 (network evaluations per image)")
     files = sorted((degraded / "out").glob("*.png"))
     images = [read_image(name, 3, 8, 8) for name in files]
     assert len(images) == 3 and not torch.equal(images[0], images[1])

@@ -28,6 +28,7 @@ from sample import time_steps
 from study import compare, manifold
 from study.common import Cells, Measure, band_power, bands, fits, split
 from study.spectrum import spectrum
+from util.cli import UserError
 from util.images import to_uint8
 
 PLOTS = "matplotlib is in study/requirements.txt: the figures are not tested"
@@ -323,6 +324,22 @@ def test_a_network_is_one_whatever_it_is_compared_with_and_a_changed_part_is_ano
     Path("own.py").write_text(OWN)
     training = split("set", 8)[0]
     assert folders("bnr=0,0.5")[0] != hot       # of other images
+
+
+def test_networks_are_compiled_when_it_is_asked(folder, monkeypatch):
+    asked = []
+
+    def note(args, *others, **parts):
+        asked.append(args.compile)
+        raise UserError("noted")
+    monkeypatch.setattr(train, "train", note)
+    variant, _ = compare.variants_of(SimpleNamespace(vary=compare.variation("bnr=0,0.5"),
+                                                     parts="none", data="set"), SMALL)
+    for compiled in (True, False):
+        args = SimpleNamespace(runs="runs", kimg=[0.064], device="cpu", compile=compiled)
+        with pytest.raises(UserError, match="noted"):
+            compare.trained(args, variant, 0, split("set", 16)[0])
+    assert asked == [True, None]
 
 
 def test_the_held_out_tenth_is_apart_and_the_same_each_time(folder):

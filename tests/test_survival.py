@@ -500,6 +500,8 @@ def test_a_checkpoint_is_loaded_strictly_and_with_finite_weights_or_not_at_all(t
             small.writestr(member.filename, plain.read(member))
     with pytest.raises(UserError, match="not a checkpoint"):    # it could be a decompression bomb
         load_model(tmp_path / "small.pt")
+    with pytest.raises(UserError, match="is a folder: give the ema.pt of a run"):
+        load_model(tmp_path)
 
 
 def test_a_damaged_run_is_one_line(trained, tmp_path):

@@ -308,8 +308,8 @@ def test_a_run_goes_on_longer_with_another_learning_rate_and_keeps_snapshots(tmp
     text = "--bnr inf --seed 3 --keep-every 0.016 --snapshot-every 0"
     run = tmp_path / "run"
     command_line(train.main, *words(run, text, data=images, duration=0.032))
-    assert capsys.readouterr().out.splitlines()[-1].endswith(
-        f"python sample.py --ckpt {run}/ema.pt --out {run}/samples")
+    assert capsys.readouterr().out.splitlines()[-1] == \
+        f"To draw images: python sample.py --ckpt {run}/ema.pt --out {run}/samples"
     again = ["--resume", run, "--device", "cpu"]
     more = [*again, "--duration", 0.048, "--lr", 0.005, "--precision", "bf16"]
     command_line(train.main, *more)
@@ -540,8 +540,8 @@ def test_what_a_user_can_get_wrong_is_one_line(images, tmp_path, capsys):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     cases = {
-        "--bnr half": "inf or any, not 'half'", "--lr nan": "--lr: must be",
-        "--duration 0": "must be",
+        "--bnr half": "--bnr: must be a number of at least 0, inf or any, not 'half'",
+        "--lr nan": "--lr: must be", "--duration 0": "must be",
         "--device tpu": "must be cpu or", "--unknown 1": "--unknown", "--out=": "must not be empty",
         "--bnr any --schedule blurring": "--bnr and --schedule are two ways",
         "--bnr inf --param noise": "--param noise needs noise to predict, and --bnr inf has none",
