@@ -169,6 +169,7 @@ def test_the_verdicts_are_those_of_the_rule():
     assert verdict(wide, wide, whole) == "undecided"
     assert verdict(whole, ahead, whole) == "better than warm"
     assert verdict(none, none, none) == "nothing to explain"
+    assert verdict(whole[:5], none[:5], whole) == "none before 6 pairs"
 
 
 def test_the_table_pairs_the_cells_of_one_seed(capsys):

@@ -21,6 +21,7 @@ ARMS = {
     "split targets": {**HOT, "parts": "split_targets"},
 }
 KIMG = 120
+PAIRS = 6                                       # of the plan: fewer have no verdict
 
 
 def distances(cells: list, network: dict) -> dict:
@@ -48,6 +49,8 @@ def side(differences: list) -> str:
 def verdict(gain: list, lead: list, whole: list) -> str:
     """The rule of docs/claim.md. gain: the arm less hot; lead: warm less the arm; whole: warm less
     hot; each a difference a seed."""
+    if min(len(gain), len(lead), len(whole)) < PAIRS:
+        return f"none before {PAIRS} pairs"
     if side(whole) != "below 0":
         return "nothing to explain"
     if side(lead) == "above 0":
