@@ -17,8 +17,9 @@ from loss import disentangled_loss
 from model import Denoiser
 from sample import generate
 from study import compare
+from study.common import digest
 from study.controls import blurred_input, reweighted, split_targets
-from study.controls.__main__ import ARMS, HOT, WARM, table, verdict
+from study.controls.__main__ import ARMS, HOT, RATES, WARM, table, verdict
 from util.checkpoint import load_model
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +73,21 @@ def test_blurred_input_sees_no_high_frequency_of_its_state():
             change = (d_other - d).abs().max()
             assert change > 0.1 if is_seen else change < 1e-4
             assert not r.any()                                  # the process is hot
+
+
+def test_the_input_of_blurred_input_has_a_variance_of_one():
+    """For Gaussian images of power 1 / lam, without a mean."""
+    inputs = []
+    net = blurred_input.network((1, 16, 16), 0).eval()
+    net.unet.first.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    spectrum = power_law(16, 16)
+    spectrum[0, 0] = 0
+    spectrum *= 256 * 0.5 ** 2 / spectrum.sum()
+    x0 = gaussian_images(500, 1, spectrum, torch.Generator().manual_seed(0))
+    for sigma in (0.02, 0.5, 2., 10.):
+        with torch.no_grad():
+            net(x0 + sigma * normals(500, 1, 16, 16, seed=1), 0., sigma)
+        assert inputs.pop().square().mean().item() == pytest.approx(1, rel=0.05)
 
 
 def test_split_targets_gives_a_sampler_the_sum_and_the_loss_both_heads():
@@ -153,7 +169,7 @@ def test_arms_have_the_names_that_their_commands_give_them():
         parsed = argparse.Namespace(vary=compare.variation(variation), parts="none", data=None)
         networks += [variant.options for variant in compare.variants_of(parsed, others)]
     assert len(commands) == 6
-    for network in (HOT, WARM, *ARMS.values()):
+    for network in (HOT, WARM, *ARMS.values(), *RATES.values()):
         assert network in networks
 
 
@@ -168,8 +184,17 @@ def test_the_verdicts_are_those_of_the_rule():
     assert verdict(half, half, whole) == "explains a part, 50%"
     assert verdict(wide, wide, whole) == "undecided"
     assert verdict(whole, ahead, whole) == "better than warm"
+    assert verdict(ahead, whole, whole) == "worse than hot"
     assert verdict(none, none, none) == "nothing to explain"
     assert verdict(whole[:5], none[:5], whole) == "none before 6 pairs"
+
+
+def cell_of(network, seed, distance):
+    code = None
+    if "parts" in network:
+        code = digest(ROOT / f"study/controls/{network['parts']}.py")
+    return {"kind": "samples", "network": network, "code": code, "kimg": 120, "seed": seed,
+            "solver": "multistep", "nfe": 18, "samples": 5000, "distance": distance}
 
 
 def test_the_table_pairs_the_cells_of_one_seed(capsys):
@@ -177,10 +202,26 @@ def test_the_table_pairs_the_cells_of_one_seed(capsys):
     for seed in range(6):
         for network, distance in ((HOT, 130.), (WARM, 120.), (ARMS["reweighted"], 121.)):
             noise = 10 * seed + (seed % 3) * 0.1 * len(network)     # a seed's share drops out
-            cells.append({"kind": "samples", "network": network, "kimg": 120, "solver": "multistep",
-                          "nfe": 18, "samples": 5000, "seed": seed, "distance": distance + noise})
+            cells.append(cell_of(network, seed, distance + noise))
+        older = {**cell_of(ARMS["blurred input"], seed, 100.), "code": "0123456789ab"}
+        cells.append(older)
     table(cells)
     printed = capsys.readouterr().out
     assert "| reweighted | 6 | -8.9 +- 0.1 | 0.0312 | -1.1 +- 0.1 | 0.0312 | explains" in printed
     assert "warm - hot: -10.0 +- 0.0, p 0.0312, 6 pairs; means: hot 155.2, warm 145.2" in printed
-    assert "blurred input" not in printed                       # which has no cells
+    assert "blurred input" not in printed                       # the file has changed since
+    assert "higher levels" not in printed                       # which has no cells
+
+
+def test_of_the_learning_rates_the_best_is_the_arm(capsys):
+    cells = []
+    distances = {"2e-3": 130., "1e-3": 127., "4e-3": 140.}
+    for seed in range(6):
+        cells.append(cell_of(WARM, seed, 120. + seed % 2))
+        cells += [cell_of(RATES[rate], seed, d + seed) for rate, d in distances.items()]
+    table(cells)
+    printed = capsys.readouterr().out
+    assert "| learning rate 1e-3 | 6 | -3.0 +- 0.0 |" in printed
+    assert "4e-3" not in printed
+    table([cell for cell in cells if cell["network"].get("lr") != 0.004])
+    assert "learning rate" not in capsys.readouterr().out       # before all three are measured
