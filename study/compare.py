@@ -6,8 +6,8 @@
     python -m study.compare --vary bnr=0,0.5 --plot-only --results study/results --name claim
 
 Networks of one seed share their first weights, the order of the images, the noise and its levels,
-and are sampled from the same noise. Each value is compared with the first one, seed by seed, so
-that what a seed does to both drops out. Options that are not named here are train.py's. Runs and
+and are sampled from the same noise. Each value is compared with the first one, seed by seed: what
+a seed does to both drops out. Options that are not named here are train.py's. Runs and
 cells that are there are used again. How to test an idea of your own: docs/compare.md.
 """
 import argparse
