@@ -446,23 +446,27 @@ def rows_of(variants: list, cells: list, kind: str, measures: dict) -> list:
     for other, by_kimg in comparisons(variants, cells, kind):
         for measure, (value, digits) in measures.items():
             for pairs in by_kimg:
-                rows.append(row(other, measure, value, digits, pairs))
+                firsts = [value(first) for first, _ in pairs]
+                d = differences(pairs, value)
+                rows.append(row(other, measure, digits, pairs[0][0], firsts, d))
+                if measure == "distance":
+                    percent = [100 * one / first for one, first in zip(d, firsts)]
+                    rows.append(row(other, "distance, d in %", 1, pairs[0][0], firsts, percent))
     return rows
 
 
-def row(other: Variant, measure: str, value, digits: int, pairs: list) -> str:
-    d = differences(pairs, value)
+def row(other: Variant, measure: str, digits: int, cell: dict, firsts: list, d: list) -> str:
+    """firsts: the values of the first variant, by seed; d: the differences from them. cell: any of
+    this checkpoint."""
     middle, half = interval(d)
     spread = "-"
     if len(d) > 1:
         spread = f"+-{half:.{digits}f}"
-    first_mean = mean(value(first) for first, _ in pairs)
-    cell = pairs[0][0]
     way = ""
     if cell["kind"] == "samples":
         way = way_of(cell)
     return (f"| {other.label[1]} | {way} | {measure} | {cell['kimg']:g} | {len(d)} | "
-            f"{first_mean:.{digits}f} | {middle:+.{digits}f} | {spread} | {sign_flip_p(d):.3g} | "
+            f"{mean(firsts):.{digits}f} | {middle:+.{digits}f} | {spread} | {sign_flip_p(d):.3g} | "
             f"{listed(d, f'+.{digits}f')} |")
 
 

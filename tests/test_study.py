@@ -262,11 +262,13 @@ def test_the_claim_comes_out_of_its_cells_to_the_digit(tmp_path):
     shutil.copy(ROOT / "study/results/claim.jsonl", tmp_path)
     code, out, err = start("compare", "--plot-only", "--results", tmp_path, "--name", "claim")
     rows = out.splitlines()
-    assert code == 0 and sum(row.startswith("| 0.5 |") for row in rows) == 37, err
+    assert code == 0 and sum(row.startswith("| 0.5 |") for row in rows) == 42, err
     for row in ("multistep, 18 | distance | 60 | 6 | 176.5 | -16.1 | +-14.3 | 0.0312 | "
                 "-35.2, -11.1, -7.4, -8.9, -31.3, -2.8 |",
                 "multistep, 18 | distance | 240 | 6 | 104.8 | -6.1 | +-4.6 | 0.0312 | "
                 "-5.3, -14.1, -5.9, -1.2, -3.8, -6.5 |",
+                "multistep, 18 | distance, d in % | 240 | 6 | 104.8 | -5.8 | +-3.9 | 0.0312 | "
+                "-5.1, -12.3, -5.7, -1.1, -3.7, -6.5 |",
                 "multistep, 18 | matched distance | 60 | 6 | 177.5 | -14.3 | +-14.8 | 0.0625 | "
                 "-35.1, -9.5, -6.9, -6.3, -28.3, +0.5 |",
                 "multistep, 18 | power, band -1 | 240 | 6 | 1.00 | +0.04 | +-0.01 | 0.0312 | "
