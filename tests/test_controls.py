@@ -82,7 +82,7 @@ def test_the_input_of_blurred_input_has_a_variance_of_one():
     net.unet.first.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     spectrum = power_law(16, 16)
     spectrum[0, 0] = 0
-    spectrum *= 256 * 0.5 ** 2 / spectrum.sum()
+    spectrum *= 0.5 ** 2 / spectrum.mean()                      # the variance of a pixel
     x0 = gaussian_images(500, 1, spectrum, torch.Generator().manual_seed(0))
     for sigma in (0.02, 0.5, 2., 10.):
         with torch.no_grad():
