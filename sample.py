@@ -12,6 +12,7 @@ the start and the levels, `generate` gives each image its own seed, and `encode`
 The command line comes last.
 """
 import argparse
+import io
 import math
 import os
 import re
@@ -694,8 +695,10 @@ def draw_grid(args, facts: dict, options: dict) -> str:
 
 
 def save_array(state: torch.Tensor, filename: str) -> None:
+    array = io.BytesIO()
+    np.save(array, state.numpy())               # into a file itself, it is silent on a full disk
     with atomic_write(filename, flush=False) as f:
-        np.save(f, state.numpy())
+        f.write(array.getvalue())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
-"""Small runs of train.py for the tests: how they start, and what they leave."""
+"""Small runs of train.py and draws of sample.py for the tests: how they start, and what they
+leave."""
+import contextlib
 import io
 import json
+import math
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+import sample
 import train
 from data import Images
-from util.checkpoint import read_checkpoint
+from model import build
+from util.checkpoint import read_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SMALL = """--resolution 8 --channels 8 --mult 1 2 --attention 4 --device cpu --batch 4 --warmup 0
@@ -47,6 +53,57 @@ def refused(capsys, main, *line) -> str:
     printed = capsys.readouterr().err
     assert e.value.code == 2 and "Traceback" not in printed, printed
     return printed.strip().splitlines()[-1]
+
+
+def draw(checkpoint, out, *line) -> None:
+    """sample.py with two steps of Heun."""
+    command_line(sample.main, "--ckpt", checkpoint, "--device", "cpu", "--steps", 2, "--out", out,
+                 *line)
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """Within, no file of this process may grow beyond this size, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def indented_blocks(page: str) -> list:
+    """The blocks of code of a page of Markdown, without their indent."""
+    blocks = [[]]
+    for line in page.splitlines():
+        if line.startswith("    ") or not line and blocks[-1]:
+            blocks[-1].append(line)
+        elif blocks[-1]:
+            blocks.append([])
+    return [textwrap.dedent("\n".join(lines)) + "\n" for lines in blocks]
+
+
+def save_model(filename, bnr="any", schedule=None, classes=0):
+    """Saves a network of random weights for images of 3 x 8 x 8 as train.py does. Returns
+    filename."""
+    torch.manual_seed(0)
+    unet = {"in_channels": 3, "out_channels": 6, "channels": 8, "mult": [1], "blocks": 1,
+            "resolution": 8, "attention": [], "dropout": 0., "augment_dim": 0, "classes": classes,
+            "ratio": bnr == "any"}
+    config = {"bnr": bnr, "schedule": schedule, "param": "residual", "sigma_data": 0.5,
+              "unet": unet, "mean_color": None}
+    if bnr == math.inf:
+        config["mean_color"] = {"mean": [0.] * 3, "cov": torch.eye(3).tolist()}
+    net = build(config)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    data = {"name": "noise", "shape": [3, 8, 8], "classes": ["a", "b"][:classes] or ["all"],
+            "latents": False}
+    Path(filename).parent.mkdir(exist_ok=True)
+    save_checkpoint(str(filename), {"weights": net.state_dict(), "config": config, "data": data,
+                                    "options": {"sample_steps": 2}, "seen": 0})
+    return filename
 
 
 def pictures(channels=3, classes=("all",)) -> Images:
