@@ -7,14 +7,6 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def pytest_collection_modifyitems(config, items):
-    """Without -m the slow tests stay out."""
-    if not config.option.markexpr:
-        slow = [item for item in items if "slow" in item.keywords]
-        items[:] = [item for item in items if "slow" not in item.keywords]
-        config.hook.pytest_deselected(items=slow)
-
-
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """A folder of ten image files, which no test changes."""

@@ -5,10 +5,10 @@ import io
 import json
 import math
 import os
-import resource
 import tarfile
 import zipfile
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import train
 from data import Images, augment, leaves, load, warp
 from degrade import dct2, frequencies
+from runs import draw, largest_file, options
 from util.cli import UserError
 from util.datasets import read_or_cached
 from util.files import fetch
@@ -218,7 +220,7 @@ def test_edms_labels_are_in_dataset_json(labels, classes, around, tmp_path):
     ({"labels": [[name, 0.5] for name in LABELS]}, "are neither whole numbers nor names"),
     ({"labels": [[name, [1, 2]] for name in LABELS]}, "the labels in dataset.json are neither"),
     ({"labels": [[name, True] for name in LABELS]}, "the labels in dataset.json are neither")])
-def test_a_dataset_json_without_a_label_for_each_image_makes_no_classes(table, words, tmp_path):
+def test_an_incomplete_dataset_json_gives_no_classes(table, words, tmp_path):
     files = {"dataset.json": json.dumps(table).encode()}
     for i, name in enumerate(LABELS):
         files[name] = encoded(pixels(4, 4, i))
@@ -275,7 +277,7 @@ def test_rotated_and_transparent_images_are_read_as_they_look(tmp_path):
 
 
 @pytest.mark.parametrize("bits", [12, 16])
-def test_of_16_bits_the_upper_8_are_read_and_unused_ones_are_one_line(bits, tmp_path, capsys):
+def test_16_bits_are_read_as_8_and_a_small_range_is_a_warning(bits, tmp_path, capsys):
     ramp = np.linspace(0, 2 ** bits - 1, 256).astype(np.uint16).reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / "a.png")
     Image.fromarray(ramp // 4).save(tmp_path / "b.tif")         # a dark one stays darker
@@ -342,6 +344,29 @@ def test_a_name_that_is_also_a_built_in_set_is_one_line(tmp_path, monkeypatch):
     assert len(load("leaves", 4).images) == 16384
     monkeypatch.chdir("leaves")
     assert load(".").name == "leaves"
+
+
+def test_runs_and_draws_in_a_data_folder_are_left_out(tmp_path, monkeypatch, capsys):
+    for i in range(3):
+        Image.effect_noise((8, 8), 99).convert("RGB").save(tmp_path / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    train.train(options("run", "--data .", duration=0.004))
+    draw("run/ema.pt", "samples", "--seeds", "0-2")
+    assert Path("run/grid-000000.004.png").exists() and Path("samples-grid.png").exists()
+    capsys.readouterr()
+    images = load(".")
+    messages = capsys.readouterr().err
+    assert len(images.images) == 3 and "runs and draws are left out, run, samples" in messages
+    train.train(options("run", "--data .", duration=0.008))     # it resumes
+    draws = tmp_path / "classes"
+    for name in "ab":
+        (draws / name).mkdir(parents=True)
+        (draws / name / "draw.json").write_text("{}")
+        Image.effect_noise((8, 8), 99).save(draws / name / "000000.png")
+        Image.effect_noise((99, 99), 99).save(draws / f"{name}-grid.png")
+    capsys.readouterr()
+    assert load(draws).classes == ["a", "b"]                    # there is nothing but draws
+    assert "left out" not in capsys.readouterr().err
 
 
 def test_a_sparse_file_in_a_tar_is_bounded(tmp_path):
@@ -474,12 +499,8 @@ def test_where_nothing_can_be_cached_images_stay_in_memory(tmp_path, many, capsy
     (tmp_path / "file").write_text("not a folder")
     assert torch.equal(load(many, None, tmp_path / "file").images, whole)
     assert "could not be written" in capsys.readouterr().err
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, limits[1]))             # a full disk
-    try:
+    with largest_file(2 ** 20):                                 # a full disk
         assert torch.equal(load(many, None, tmp_path / "data").images, whole)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "could not be written" in capsys.readouterr().err
     assert not list((tmp_path / "data").iterdir())
 

@@ -296,31 +296,7 @@ def test_tf32_is_for_the_network_alone(precision, tmp_path):
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
-# Memory, clusters
-
-
-class TooLarge(Denoiser):
-    """In training, but not when a copy of it is tried out before a run."""
-
-    def __init__(self, unet):
-        super().__init__(unet)
-        self.number = id(self)
-
-    def forward(self, x, *args, **kwargs):
-        if self.training and self.number == id(self):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return super().forward(x, *args, **kwargs)
-
-
-@pytest.mark.parametrize("more, advice", [
-    ("", "give --batch-gpu 2"), ("--batch 6 --batch-gpu 6", "give --batch-gpu 3"),
-    ("--batch 6 --batch-gpu 3", "give --batch-gpu 1"),
-    ("--batch-gpu 1", "take a smaller --resolution or --channels")])
-def test_out_of_memory_names_the_batch_to_take(more, advice, tmp_path):
-    net = TooLarge(torch.nn.Conv2d(3, 6, 1))
-    net.unet.forward = lambda x, *args: torch.nn.Conv2d.forward(net.unet, x)
-    with pytest.raises(UserError, match=f"^out of memory: {advice}$"):
-        trained_on("cpu", options(tmp_path / "run", more), latents(), net=net)
+# Clocks, clusters
 
 
 @pytest.mark.parametrize("minutes, steps", [(0, [6]), (1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6])])
@@ -338,9 +314,7 @@ def test_snapshots_by_the_clock(minutes, steps, tmp_path, monkeypatch):
     assert steps_of(tmp_path / "run") == steps                  # each checkpoint has a line
 
 
-def test_without_a_terminal_a_bar_writes_every_30_seconds(capsys):
-    list(progress(range(10 ** 6)))                              # takes longer than tqdm's 0.1 s
-    assert capsys.readouterr().err.count("\r") == 2             # at the beginning and the end
+def test_without_a_terminal_a_bar_writes_every_30_seconds():
     bar = progress(total=1)
     assert bar.mininterval == 30
     bar.close()

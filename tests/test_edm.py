@@ -20,6 +20,7 @@ import sample
 import train
 from data import Images
 from model import Denoiser, UNet
+from runs import command_line, refused
 from study import edm
 from util.checkpoint import load_model, start_from
 from util.cli import UserError
@@ -28,20 +29,14 @@ from util.datasets import CIFAR10_CLASSES
 HERE = Path(__file__).parent
 
 
-def run(monkeypatch, main, *args):
-    monkeypatch.setattr(sys, "argv", ["program", *map(str, args)])
-    main()
-
-
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     """Both files, converted from the command line: {"uncond": its edm.pt, "cond": the same}."""
     folder = tmp_path_factory.mktemp("edm")
     files = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for kind in ("uncond", "cond"):
-            files[kind] = folder / f"{kind}.pt"
-            run(patch, edm.main, HERE / f"edm-tiny-{kind}.pkl", "--out", files[kind])
+    for kind in ("uncond", "cond"):
+        files[kind] = folder / f"{kind}.pt"
+        command_line(edm.main, HERE / f"edm-tiny-{kind}.pkl", "--out", files[kind])
     return files
 
 
@@ -76,10 +71,10 @@ def test_a_converted_network_gives_edms_own_output(converted, kind):
     assert checkpoint["data"]["classes"][:net.classes] == [str(i) for i in range(net.classes)]
 
 
-def test_it_is_sampled_from_the_command_line(converted, tmp_path, monkeypatch, capsys):
+def test_it_is_sampled_from_the_command_line(converted, tmp_path, capsys):
     grids = []
     for label in "34":
-        run(monkeypatch, sample.main, "--ckpt", converted["cond"], "--class", label, "--device",
+        command_line(sample.main, "--ckpt", converted["cond"], "--class", label, "--device",
             "cpu", "--seeds", "0-1", "--out", tmp_path / label)
         assert "heun, 18 steps, NFE 35" in capsys.readouterr().out
         grids.append((tmp_path / f"{label}-grid.png").read_bytes())
@@ -101,7 +96,7 @@ def test_it_is_trained_further_from_where_edm_left_it(converted, tmp_path, kind,
     assert_is_edms(net, kind, alpha=0 if cond else 3)           # the head R is still zero
 
 
-def test_another_resolution_starts_where_its_levels_fit(converted):
+def test_weights_fit_another_resolution_with_the_same_levels(converted):
     size = dict(channels=8, mult=(1, 2), blocks=1, resolution=32, augment_dim=9)
     net = Denoiser(UNet(3, 6, **size, attention=(16,)))
     start_from(net, converted["uncond"])
@@ -188,18 +183,16 @@ def test_steps_and_class_names_follow_from_the_size(tmp_path, resolution, classe
 # What is refused, in one line
 
 
-def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, capsys):
     whole = (HERE / "edm-tiny-cond.pkl").read_bytes()
     for content in (b"", b"no pickle", whole[:-1000], whole[:100_000]):
         (tmp_path / "a.pkl").write_bytes(content)
-        with pytest.raises(SystemExit) as e:
-            run(monkeypatch, edm.main, tmp_path / "a.pkl", "--out", tmp_path / "a.pt")
-        line, = capsys.readouterr().err.splitlines()
-        assert e.value.code == 2 and "a.pkl is none of EDM's networks, or it is damaged" in line
+        line = refused(capsys, edm.main, tmp_path / "a.pkl", "--out", tmp_path / "a.pt")
+        assert "a.pkl is none of EDM's networks, or it is damaged" in line
         assert not (tmp_path / "a.pt").exists()
 
 
-def refused(file, words):
+def not_converted(file, words):
     """edm.convert raises one line that has these words and the file's name."""
     with pytest.raises(UserError) as e:
         edm.convert(file)
@@ -207,28 +200,24 @@ def refused(file, words):
     assert "\n" not in message and file.name in message and words in message, message
 
 
-@pytest.mark.parametrize("setting, value", [
-    ("embedding_type", "fourier"), ("encoder_type", "residual"), ("resample_filter", [1, 3, 3, 1]),
-    ("channels_per_head", 64)])
-def test_a_setting_that_ddpmpp_does_not_have_is_refused_by_name(tmp_path, setting, value):
-    file = write(tmp_path / "ncsnpp.pkl", network(**{setting: value}))
-    refused(file, f"{setting} is {value!r}" if setting in edm.DDPMPP else f"'{setting}' is")
-
-
 def test_another_network_is_refused_by_name(tmp_path):
     net = network()
     net._modules["model"].class_name = "DhariwalUNet"
-    refused(write(tmp_path / "adm.pkl", net), "'DhariwalUNet', and not EDM's SongUNet")
+    not_converted(write(tmp_path / "adm.pkl", net), "'DhariwalUNet', and not EDM's SongUNet")
     net.class_name = "VPPrecond"
-    refused(write(tmp_path / "vp.pkl", net), "'VPPrecond', and not EDM's EDMPrecond")
+    not_converted(write(tmp_path / "vp.pkl", net), "'VPPrecond', and not EDM's EDMPrecond")
 
 
 @pytest.mark.parametrize("changes, words", [
+    (dict(embedding_type="fourier"), "embedding_type is 'fourier'"),
+    (dict(encoder_type="residual"), "encoder_type is 'residual'"),
+    (dict(resample_filter=[1, 3, 3, 1]), "resample_filter is [1, 3, 3, 1]"),
+    (dict(channels_per_head=64), "'channels_per_head' is"),
     (dict(model_channels=2048), "larger than the file"),
     (dict(channel_mult=[1] * 100), "mult"), (dict(num_blocks=2), "16x16_block1"),
     (dict(in_channels=1), "in_channels")])
-def test_settings_that_do_not_fit_the_weights_are_refused(tmp_path, changes, words):
-    refused(write(tmp_path / "claim.pkl", network(**changes)), words)
+def test_settings_that_ddpmpp_or_the_weights_do_not_have_are_refused(tmp_path, changes, words):
+    not_converted(write(tmp_path / "claim.pkl", network(**changes)), words)
 
 
 @pytest.mark.parametrize("value, words", [
@@ -238,7 +227,7 @@ def test_settings_that_do_not_fit_the_weights_are_refused(tmp_path, changes, wor
 def test_a_weight_that_does_not_fit_is_refused(tmp_path, value, words):
     net = network()
     net._modules["model"]._modules["map_layer0"]._parameters["weight"] = value
-    refused(write(tmp_path / "misfit.pkl", net), words)
+    not_converted(write(tmp_path / "misfit.pkl", net), words)
 
 
 # Hostile and damaged files
@@ -255,7 +244,7 @@ class Call:
 
 
 def hostile(flag):
-    """Objects that create the file `flag` when pickle loads them, and the name that betrays."""
+    """Objects that create the file `flag` when pickle loads them, and the name to show."""
     command = f"touch {flag}"
     text = f"open({str(flag)!r}, 'w')"
     inner = pickle.dumps(Call(os.system, command))
@@ -282,7 +271,7 @@ def test_a_pickle_that_would_run_a_command_is_refused_and_runs_nothing(tmp_path,
             pass
         assert flag.exists()
         flag.unlink()
-    refused(file, name)
+    not_converted(file, name)
     assert not flag.exists()
 
 
@@ -296,7 +285,7 @@ BOMBS = {"a string of 2^40 bytes": b"\x80\x04\x8e" + (2 ** 40).to_bytes(8, "litt
 def test_nothing_larger_than_the_file_is_allocated(tmp_path, kind):
     (tmp_path / "bomb.pkl").write_bytes(BOMBS[kind])
     tracemalloc.start()
-    refused(tmp_path / "bomb.pkl", "damaged")
+    not_converted(tmp_path / "bomb.pkl", "damaged")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2 ** 20                                       # of Python itself

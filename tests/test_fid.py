@@ -3,7 +3,6 @@ computations, and what it says and refuses."""
 import hashlib
 import json
 import os
-import sys
 import zlib
 from functools import partial
 from pathlib import Path
@@ -18,8 +17,9 @@ import fid
 from data import Images, load
 from exact import square_root
 from fid import frechet_distance, mean_and_covariance, read_input, read_statistics, statistics_of
+from runs import command_line, refused
 from util.cli import UserError
-from util.inception import WIDTH, InceptionV3, load_inception
+from util.inception import WIDTH, load_inception
 
 HERE = Path(__file__).parent
 KEYS = json.loads((HERE / "inception_keys.json").read_text())
@@ -71,12 +71,6 @@ def test_golden_features(net, resize, golden):
     assert np.abs(ours - GOLDEN[golden]).max() < 1e-3 * GOLDEN[golden].std()
 
 
-def test_the_network_has_the_published_layout():
-    with torch.device("meta"):
-        state = InceptionV3().state_dict()
-    assert {k: list(v.shape) for k, v in state.items() if "num_batches" not in k} == KEYS
-
-
 def test_gray_is_three_equal_channels_and_other_images_are_refused(net):
     gray = torch.from_numpy(GOLDEN["images"][:1, :, :, :1]).permute(0, 3, 1, 2)
     assert torch.equal(net(gray), net(gray.expand(-1, 3, -1, -1)))
@@ -99,6 +93,9 @@ def test_weights_that_are_not_the_published_ones_are_one_line(tmp_path):
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "w.pth")
     with pytest.raises(UserError, match="w.pth is no weights file: Error"):
         load_inception(tmp_path / "w.pth")
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "module.pth")
+    with pytest.raises(UserError, match="no weights file: Weights only load failed$"):
+        load_inception(tmp_path / "module.pth")                 # torch would advise to run it
     with pytest.raises(UserError, match="no.pth is no weights file: .*No such file"):
         load_inception(tmp_path / "no.pth")
     damaged = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
@@ -178,7 +175,7 @@ def test_streaming_statistics_are_numpys(sizes):
 
 
 def quarters(images):
-    """A net for what is not about InceptionV3: the means of an image's quarters, and zeros."""
+    """A stand-in for InceptionV3: the means of an image's quarters, and zeros."""
     means = F.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1)           # [B, 12]
     return F.pad(means, (0, WIDTH - means.shape[1]))
 
@@ -203,19 +200,17 @@ def pixels_of(folder):
     return load(folder).images.permute(0, 2, 3, 1).numpy()                      # [N, H, W, 3]
 
 
-def run(monkeypatch, capsys, *args):
+def run(capsys, *args):
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, args), "--device", "cpu"])
-    fid.main()
+    command_line(fid.main, *args, "--device", "cpu")
     return capsys.readouterr()
 
 
-def test_end_to_end_it_is_the_distance_that_numpy_gets_from_the_features(
-        folder, weights, net, monkeypatch, capsys):
+def test_fid_py_prints_the_distance_that_numpy_computes(folder, weights, net, capsys):
     images = pixels_of(folder)
     shifted = np.minimum(images + 50, 255).astype(np.uint8)
     np.save("shifted.npy", shifted)
-    printed = run(monkeypatch, capsys, "shifted.npy", "--ref", folder, "--weights", weights,
+    printed = run(capsys, "shifted.npy", "--ref", folder, "--weights", weights,
                   "--json")
     result, = json.loads(printed.out)
     facts = {"num": 6, "resize": "tf1", "size": "16 x 16",
@@ -335,7 +330,7 @@ def test_several_draws_are_reported_with_the_lowest_their_mean_and_their_spread(
     ("objects", dict(mu=np.array([{}]), sigma=np.eye(2)), "Object arrays cannot be loaded"),
     ("facts", dict(mu=np.zeros(2), sigma=np.eye(2), num="many"), "invalid literal"),
     ("bomb", dict(mu=np.zeros(2), sigma=np.zeros((3000, 3000), np.float64)), "it unpacks to more")])
-def test_statistics_that_are_none_are_one_line(name, content, words, tmp_path):
+def test_invalid_statistics_are_refused_in_one_line(name, content, words, tmp_path):
     """With a sigma that is no covariance the FID could be negative."""
     path = tmp_path / f"{name}.npz"
     np.savez_compressed(path, **content)
@@ -344,7 +339,7 @@ def test_statistics_that_are_none_are_one_line(name, content, words, tmp_path):
     assert "\n" not in str(e.value)
 
 
-def test_what_is_no_input_is_one_line_before_the_network_is_loaded(folder, monkeypatch, capsys):
+def test_what_is_no_input_is_one_line_before_the_network_is_loaded(folder, capsys):
     Path("broken.npz").write_bytes(b"no zip")
     Path("notes.txt").write_text("no archive")
     np.savez("features.npz", np.zeros((50, 12), np.float32))
@@ -357,10 +352,7 @@ def test_what_is_no_input_is_one_line_before_the_network_is_loaded(folder, monke
                         ([folder, "--ref", "notes.txt"], "notes.txt cannot be read"),
                         ([folder / "0.png", "--ref", folder], "is one image"),
                         ([folder], "required: --ref")):
-        with pytest.raises(SystemExit) as e:
-            run(monkeypatch, capsys, *args, "--weights", "none.pth")
-        line = capsys.readouterr().err.splitlines()[-1]
-        assert e.value.code == 2 and words in line, args
+        assert words in refused(capsys, fid.main, *args, "--weights", "none.pth"), args
 
 
 def test_fewer_than_two_images_have_no_covariance():

@@ -2,7 +2,6 @@
 import importlib
 import os
 import re
-import textwrap
 import warnings
 
 import pytest
@@ -10,12 +9,12 @@ import torch
 
 import train
 from degrade import ConstantBNR
-from runs import ROOT, options, pictures, same
+from runs import ROOT, indented_blocks, options, pictures, same
 from sample import euler, heun, time_steps
 from util.checkpoint import load_model
 
 PAGE = (ROOT / "docs/interop.md").read_text()
-BLOCKS = [textwrap.dedent(block) for block in re.findall(r"(?:    .*\n|\n(?=    ))+", PAGE)]
+BLOCKS = indented_blocks(PAGE)
 HOT = ConstantBNR(0)
 
 

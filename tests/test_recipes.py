@@ -1,5 +1,4 @@
 """Every block of Python in docs/own-parts.md, as it stands on the page."""
-import json
 import math
 import re
 from types import SimpleNamespace
@@ -7,13 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import train
 from degrade import ConstantBNR
 from loss import disentangled_loss
-from model import build
-from runs import ROOT, command_line, log_of, refused, same_run, words
+from runs import ROOT, command_line, log_of, same_run, save_model, words
 from sample import sample, time_steps
-from util.checkpoint import load_model, read_checkpoint, save_checkpoint
+from util.checkpoint import load_model, read_checkpoint
 from util.images import read_image, save_image
 
 PAGE = (ROOT / "docs/own-parts.md").read_text()
@@ -121,46 +118,15 @@ def test_a_log_line(tmp_path, images):
         assert written == [(line["step"], pytest.approx(line[name], rel=1e-5)) for line in log]
 
 
-def test_the_training_levels_are_options_too(tmp_path, images, capsys):
-    """They are compared on resuming, and --bnr inf has none."""
-    line = words(tmp_path / "run", "--duration 0.004 --P-mean 1.5 --P-std 0.3", data=images)
-    command_line(train.main, *line)
-    (_, low), (_, high) = config_of(tmp_path / "run")["training_range"]
-    assert math.log(low * high) / 2 == pytest.approx(1.5, abs=0.05)
-    assert math.log(high / low) == pytest.approx(2 * 1.645 * 0.3, rel=0.1)
-    message = refused(capsys, train.main, *line, "--P-mean", "1")
-    assert "--P_mean 1.5, not 1.0" in message
-    message = refused(capsys, train.main, *line, "--bnr", "inf", "--out", tmp_path / "cold")
-    assert "--bnr inf has no noise" in message
-
-
 # With a trained network
-
-
-def model(filename, classes=0):
-    """A network of --bnr any with random weights, saved as a model."""
-    torch.manual_seed(0)
-    unet = {"in_channels": 3, "out_channels": 6, "channels": 8, "mult": [1], "blocks": 1,
-            "resolution": 8, "attention": [], "dropout": 0., "augment_dim": 0, "classes": classes,
-            "ratio": True}
-    config = {"bnr": "any", "schedule": None, "param": "residual", "sigma_data": 0.5, "unet": unet,
-              "mean_color": None}
-    net = build(config)
-    for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    data = {"name": "noise", "shape": [3, 8, 8], "classes": ["a", "b"][:classes], "latents": False}
-    filename.parent.mkdir()
-    save_checkpoint(str(filename), {"weights": net.state_dict(), "config": config, "data": data,
-                                    "options": {"sample_steps": 2}, "seen": 0})
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The names after the blocks about a trained network, but those that need a package, and the
-    folder that they ran in."""
+    """The names after the blocks about a trained network, and the folder that they ran in."""
     folder = tmp_path_factory.mktemp("trained")
-    model(folder / "run/ema.pt")
-    model(folder / "run-cond/ema.pt", classes=2)
+    save_model(folder / "run/ema.pt")
+    save_model(folder / "run-cond/ema.pt", classes=2)
     for name in ("y", "a", "b"):
         generator = torch.Generator().manual_seed(ord(name))
         pixels = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=generator)
@@ -169,8 +135,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for block in blocks("With a trained network"):
-            if "safetensors" not in block:
-                exec(block, names)
+            exec(block, names)
     return folder, names
 
 
@@ -217,19 +182,6 @@ def test_a_denoiser_at_bnr_0(trained):
         x = x + (x - denoised) / t * (s - t)
     ours = sample(names["net"], ConstantBNR(0), z, 6, solver="euler")
     assert torch.allclose(x, ours, atol=1e-5)
-
-
-def test_safetensors_and_a_folder_for_a_hub(trained, monkeypatch):
-    pytest.importorskip("safetensors", reason="study/requirements.txt has safetensors")
-    folder, names = trained
-    monkeypatch.chdir(folder)
-    [block] = [block for block in blocks("With a trained network") if "safetensors" in block]
-    names = dict(names)
-    exec(block, names)
-    for name, value in names["net"].state_dict().items():
-        assert torch.equal(value, names["again"].state_dict()[name])
-        assert torch.equal(value, names["load_file"]("ema.safetensors")[name])
-    assert json.loads((folder / "hub/config.json").read_text())["data"]["shape"] == [3, 8, 8]
 
 
 def test_every_block_of_the_page_is_run():

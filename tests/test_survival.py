@@ -25,8 +25,8 @@ import train
 from data import load, seed_for
 from fid import read_statistics
 from model import build
-from runs import (ROOT, command_line, encoded, latents, options, pictures, same_run, same_state,
-                  seen_by, steps_of, words)
+from runs import (ROOT, command_line, encoded, largest_file, latents, options, pictures, same_run,
+                  same_state, seen_by, steps_of, words)
 from util.checkpoint import load_model, read_checkpoint
 from util.cli import UserError, say
 from util.distributed import signals_noted
@@ -157,18 +157,6 @@ def test_killed_at_random_moments_and_resumed_it_comes_to_the_same_weights(kills
 
 # A full disk, and files that are in use
 
-@contextlib.contextmanager
-def largest_file(size):
-    """Within, no file of this process may grow beyond this size, as on a full disk."""
-    resource = pytest.importorskip("resource")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 def test_a_full_disk_does_not_end_a_run(tmp_path, images, capsys):
     """It costs the log lines, the grid and the checkpoint of its time, one warning each."""
     data = load(str(images))
@@ -242,7 +230,7 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
 # Several processes
 
 TWO = """
-import sys
+import os, sys
 import torch
 import sample, train
 from data import Images
@@ -254,6 +242,9 @@ def run(main, *line):
 
 run(train.main, *{training!r})
 run(sample.main, *{drawing!r})
+if os.environ["RANK"] == "0":
+    os.remove("samples/000004.png")
+run(sample.main, *{drawing!r})                                  # it goes on
 x = torch.arange(20 * 192).reshape(20, 3, 8, 8).remainder(255).byte()
 net = Denoiser(torch.nn.Conv2d(3, 6, 1))
 net.unet.forward = lambda x, *others, conv=net.unet.forward: conv(x)
@@ -311,6 +302,7 @@ def test_two_processes_train_as_one(by_two, tmp_path, images):
 
 
 def test_two_processes_draw_the_same_images_as_one(by_two, trained, tmp_path):
+    """And go on with a draw of which an image is missing."""
     command_line(sample.main, *DRAWING.format(trained=trained).split(), tmp_path / "samples")
     names = [f"samples/{seed:06d}.png" for seed in range(3, 10)]
     for folder in (tmp_path, by_two):
@@ -525,8 +517,10 @@ def test_a_damaged_run_is_one_line(trained, tmp_path):
 def test_damaged_options_are_one_line(trained, tmp_path, capsys):
     stored = json.loads((trained / "options.json").read_text())
     texts = {"{": "holds no run", "5": "holds no run", "null": "holds no run", "{}": "holds no run"}
-    texts[json.dumps({**stored, "preset": "x"})] = "--preset: invalid choice"
-    texts[json.dumps({**stored, "batch": "x"})] = "--batch: must be"
+    for name, value in (("preset", "x"), ("batch", "x"), ("lr", float("nan")), ("mult", "2 a"),
+                        ("precision", "fp8"), ("cond", "yes"), ("duration", -1),
+                        ("attention", {"a": 1}), ("channels", 8.5)):
+        texts[json.dumps({**stored, name: value})] = f"--{name}"
     for text, message in texts.items():
         (tmp_path / "options.json").write_text(text)
         with pytest.raises(SystemExit):

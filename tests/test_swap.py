@@ -1,25 +1,29 @@
-"""Each part of a run from outside, in a few lines of the user's: data, schedule, network, loss,
-optimizer, and what happens at a log line."""
+"""A user's own data, schedule, network, loss, optimizer and log function."""
 import contextlib
+import copy
 import json
 import os
 import subprocess
 import sys
-import textwrap
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 import train
 from data import Images
 from degrade import ColdSchedule, ConstantBNR, Schedule
 from loss import disentangled_loss
 from model import Denoiser, NoiseDenoiser
-from runs import ROOT, latents, log_of, options, pictures, same_run, seen_by
+from runs import (ROOT, indented_blocks, latents, log_of, options, pictures, same_run, same_state,
+                  seen_by)
 from sample import generate, sampling_schedule
 from util.checkpoint import load_model, read_checkpoint
 from util.cli import UserError
+from util.images import read_image
 
 
 class Square(Schedule):
@@ -85,8 +89,6 @@ def test_a_network(tmp_path):
     loaded, _ = load_model(tmp_path / "run/ema.pt", net=small_cnn())
     bnr = ConstantBNR(0.5)
     assert torch.equal(four_samples(loaded, bnr), four_samples(ema, bnr))
-    with pytest.raises(UserError, match="a network of your own"):
-        load_model(tmp_path / "run/ema.pt")
     longer = options(tmp_path / "run", "--duration 0.032")
     with pytest.raises(UserError, match="frozen.*requires_grad_"):
         train.train(longer, latents(), net=loaded)
@@ -165,6 +167,212 @@ def test_a_network_may_have_buffers_and_frozen_and_unused_parameters(tmp_path, c
     assert net.unet[1].num_batches_tracked == 4                 # not by the trial beforehand
 
 
+# Networks of any kind
+
+class Convolution(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+
+    def forward(self, x, c_noise, augment=None, label=None):
+        return self.conv(x)
+
+
+class Tied(Convolution):
+    def __init__(self):
+        super().__init__()
+        self.more = nn.Conv2d(6, 6, 3, padding=1)
+        self.last = nn.Conv2d(6, 6, 3, padding=1)
+        self.last.weight = self.more.weight
+
+    def forward(self, x, *others, **more):
+        return self.last(self.more(self.conv(x)).relu())
+
+
+class Masked(Convolution):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.full((64, 64), -torch.inf).triu(1))
+
+    def forward(self, x, *others, **more):
+        return self.conv((torch.softmax(self.mask, 1) @ x.flatten(2).mT).mT.reshape(x.shape))
+
+
+class Viewing(Convolution):
+    def __init__(self):
+        super().__init__()
+        self.deep = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+
+    def forward(self, x, *others, **more):
+        return self.deep(self.conv(x)).view(len(x), -1).view(len(x), 6, 8, 8)
+
+
+class Normed(Convolution):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x, *others, **more):
+        return F.dropout(self.norm(self.conv(x)), 0.1)           # also in eval mode: it is random
+
+
+class Stated(Convolution):
+    def get_extra_state(self):
+        return {"version": 3}
+
+    def set_extra_state(self, state):
+        self.version = state["version"]
+
+
+class Half(Convolution):
+    def __init__(self, dtype=torch.bfloat16):
+        super().__init__()
+        self.conv.to(dtype)
+
+    def forward(self, x, *others, **more):
+        return self.conv(x.to(self.conv.weight.dtype))
+
+
+class HardHalf(Half):
+    def forward(self, x, *others, **more):
+        return self.conv(x.bfloat16())                           # fails with weights of float32
+
+
+class Late(Convolution):
+    def forward(self, x, *others, **more):
+        if not hasattr(self, "scale"):
+            self.register_buffer("scale", torch.ones(1))
+        return self.scale * self.conv(x)
+
+
+class Hidden(Convolution):
+    scale = 1.
+
+    def forward(self, x, *others, **more):
+        if self.training:
+            self.scale = self.scale + 1                          # state_dict() does not have it
+        return self.scale * self.conv(x)
+
+
+class Lazy(Convolution):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.LazyConv2d(6, 3, padding=1)
+
+
+class Single(Convolution):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x, *others, **more):
+        y = self.conv(x)
+        return y + self.norm(y.mean((2, 3)))[:, :, None, None]
+
+
+@pytest.mark.parametrize("kind", [Tied, Masked, Viewing, Normed, Stated, Half, HardHalf])
+def test_a_network_that_trains_can_be_loaded_and_samples(kind, tmp_path):
+    for duration in (0.008, 0.016):
+        args = options(tmp_path, duration=duration)
+        ema = train.train(args, latents(), net=Denoiser(kind()))
+    net, checkpoint = load_model(tmp_path / "ema.pt", net=Denoiser(kind()))
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for model in (ema, net):
+        torch.manual_seed(0)
+        outputs.append(torch.cat(model(x, 0.5, 1.)))
+    assert torch.equal(*outputs)
+    images = list(generate(net, ConstantBNR(0.5), (3, 8, 8), range(2), steps=3))
+    assert images[0].isfinite().all()
+    if kind is Tied:
+        assert net.unet.last.weight is net.unet.more.weight
+
+
+@pytest.mark.parametrize("kind, text, message", [
+    (Late, "", "Unexpected key"), (Lazy, "", "uninitialized"),
+    (Hidden, "", "another one when it is loaded"),
+    (Single, "--batch-gpu 1", "more than 1 value per channel")])
+def test_a_network_that_cannot_be_loaded_again_is_refused_before_the_run(kind, text, message,
+                                                                         tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match=message) as e:
+        train.train(short(out, text), latents(), net=Denoiser(kind()))
+    assert "\n" not in str(e.value) and not out.exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_average_of_16_bit_weights_is_float32(dtype, tmp_path):
+    """As the recursion in float64 gives it; in 16 bits it would stand still."""
+    net = Denoiser(Half(dtype))
+    start = copy.deepcopy(net)
+    weights = [net.unet.conv.weight.double().clone()]
+
+    def note(line):
+        weights.append(net.unet.conv.weight.double().clone())
+    optimizer = partial(torch.optim.SGD, lr=1e-4)
+    args = options(tmp_path, "--log-every 0.004", duration=0.4, ema=0.02)
+    train.train(args, latents(), net=net, optimizer=optimizer, on_log=note)
+    average = weights[0]
+    for step, weight in enumerate(weights[1:], 1):
+        decay = 0.5 ** (4 / min(20, 0.05 * 4 * step))
+        average = decay * average + (1 - decay) * weight
+    whole = read_checkpoint(tmp_path / "state.pt")
+    saved = whole["ema"]["unet.conv.weight"]
+    assert saved.dtype == torch.float32 and len(weights) == 101
+    assert (weights[-1] - weights[0]).abs().max() > 0.01
+    assert (saved - average).abs().max() < 1e-6
+    for duration in (0.2, 0.4):
+        args = options(tmp_path / "parts", duration=duration, ema=0.02)
+        train.train(args, latents(), net=copy.deepcopy(start), optimizer=optimizer)
+    parts = read_checkpoint(tmp_path / "parts/state.pt")
+    assert torch.equal(parts["ema"]["unet.conv.weight"], whole["ema"]["unet.conv.weight"])
+
+
+# Optimizers
+
+class GrowingDecay(torch.optim.SGD):
+    """It keeps a number in its group of parameters, as Prodigy does."""
+
+    def step(self):
+        for group in self.param_groups:
+            group["weight_decay"] += 0.01
+        super().step()
+
+
+OPTIMIZERS = {
+    "momentum": partial(torch.optim.SGD, lr=1e-4, momentum=0.9, nesterov=True),
+    "plain": partial(torch.optim.SGD, lr=1e-4),
+    "fused": partial(torch.optim.AdamW, lr=1e-3, fused=True, amsgrad=True),
+    "adafactor": partial(torch.optim.Adafactor, lr=1e-3),
+    "rprop": partial(torch.optim.Rprop, lr=1e-4),
+    "growing": partial(GrowingDecay, lr=1e-4),
+    "asgd": partial(torch.optim.ASGD, lr=1e-4),
+    "numpy": partial(torch.optim.SGD, lr=np.float64(1e-4), momentum=0.5),
+    "tensor": partial(torch.optim.Adam, lr=torch.tensor(1e-3)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimizer_resumes_to_the_bit(name, tmp_path):
+    for folder, durations in (("whole", [0.04]), ("parts", [0.02, 0.04])):
+        for duration in durations:
+            train.train(options(tmp_path / folder, duration=duration), latents(),
+                        optimizer=OPTIMIZERS[name])
+    assert same_state(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_resuming_takes_the_new_learning_rate_of_each_group(tmp_path):
+    def in_two_groups(parameters, lr):
+        first, *others = parameters
+        return torch.optim.SGD([{"params": [first], "lr": 10 * lr}, {"params": others}], lr,
+                               momentum=0.9)
+    for duration, lr in ((0.008, 1e-4), (0.016, 1e-5)):
+        train.train(options(tmp_path, duration=duration), latents(),
+                    optimizer=partial(in_two_groups, lr=lr))
+    groups = read_checkpoint(tmp_path / "state.pt")["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([1e-4, 1e-5])
+
+
 # A loss, an optimizer, and what happens at a log line
 
 def doubled(net, x0, alpha, sigma, noise, sigma_data):
@@ -213,15 +421,6 @@ def test_what_happens_at_a_log_line(tmp_path):
 
 
 # Resuming
-
-def test_a_run_with_parts_of_ones_own_resumes_bit_for_bit(tmp_path):
-    parts = {"schedule": Square(), "loss": doubled,
-             "optimizer": partial(torch.optim.SGD, lr=1e-5, momentum=0.9)}
-    for out, duration in (("whole", 0.032), ("parts", 0.016), ("parts", 0.032)):
-        train.train(options(tmp_path / out, duration=duration), latents(),
-                    net=small_cnn(sigma_data=0.7), **parts)
-    assert same_run(tmp_path / "whole", tmp_path / "parts")
-
 
 def test_other_parts_do_not_resume_a_run(tmp_path):
     """Nor do other images, labels or classes. The data's name may change."""
@@ -310,25 +509,30 @@ def test_what_is_no_data_and_no_schedule_is_one_line_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_the_random_state_of_a_script_is_as_before_and_no_grad_does_not_matter(tmp_path):
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        train.train(short(tmp_path / "a"), latents())
+        assert not torch.is_grad_enabled()
+    assert torch.equal(torch.randn(3), expected)
+    with_graph = Images((latents().images * torch.ones(1, requires_grad=True)), latents=True)
+    train.train(short(tmp_path / "b"), with_graph)
+
+
 # All of them
 
-def blocks_of(page) -> list:
-    """The indented blocks of a page of Markdown, without their indent."""
-    blocks = [[]]
-    for line in page.splitlines():
-        if line.startswith("    ") or not line and blocks[-1]:
-            blocks[-1].append(line)
-        elif blocks[-1]:
-            blocks.append([])
-    return [textwrap.dedent("\n".join(lines)) for lines in blocks]
-
-
-def test_the_readmes_code_runs_as_it_stands(tmp_path):
-    [code] = [block for block in blocks_of((ROOT / "README.md").read_text())
-              if block.startswith("import torch, train")]
+@pytest.mark.parametrize("first_line", ["import torch\n", "import torch, train\n"])
+def test_the_readmes_code_runs_as_it_stands(first_line, tmp_path):
+    code, = (block for block in indented_blocks((ROOT / "README.md").read_text())
+             if block.startswith(first_line))
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
                           text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    [model] = tmp_path.rglob("ema.pt")
-    weights = read_checkpoint(model)["weights"]
-    assert all(value.isfinite().all() for value in weights.values())
+    if "train" in first_line:
+        weights = read_checkpoint(tmp_path / "run-swap/ema.pt")["weights"]
+        assert all(value.isfinite().all() for value in weights.values())
+    else:
+        assert read_image(tmp_path / "sixteen.png", 3, 264, 264).unique().numel() > 100
