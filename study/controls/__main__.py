@@ -16,6 +16,7 @@ WARM = {"preset": "tiny", "bnr": 0.5}
 ARMS = {
     "reweighted": {**HOT, "parts": "reweighted"},
     "higher levels": {**HOT, "P_mean": -0.9},
+    "lower levels": {**HOT, "P_mean": -1.5},
     "blurred input": {**HOT, "parts": "blurred_input"},
     "split targets": {**HOT, "parts": "split_targets"},
 }
