@@ -21,12 +21,13 @@ from PIL import Image
 
 import train
 from data import Images, leaves
-from degrade import BlurringSchedule, ConstantBNR, frequencies
+from degrade import BlurringSchedule, ConstantBNR, append_dims, frequencies
 from exact import gaussian_heads, gaussian_images, m_of, power_law
 from runs import ROOT, command_line
 from sample import time_steps
 from study import compare, manifold
 from study.common import Cells, Measure, band_power, bands, fits, split
+from study.strip import rows_of
 from util.images import to_uint8
 
 PLOTS = "matplotlib is in study/requirements.txt: the figures are not tested"
@@ -495,6 +496,29 @@ def test_a_class_conditional_model_is_compared_with_the_images_of_its_class(tmp_
     shutil.move(tmp_path / "two", tmp_path / "moved")
     code, out, err = start("manifold", *common, "--class", "black")
     assert code == 2 and err.splitlines()[-1].endswith("--data says where it is now")
+
+
+# Film strips
+
+
+def test_a_film_strip_shows_the_state_both_heads_and_their_sum(folder):
+    code, out, err = start("strip", "--ckpt", "any/ema.pt", "--bnr", 0, 0.5, 2, "--steps", 2,
+                           "--device", "cpu", "--out", "strip.png")
+    assert code == 0 and "strip.png: 3 network evaluations" in out, err
+    assert Image.open("strip.png").height > 12 * 16             # four rows for each ratio
+    heads = gaussian_heads(power_law(8, 8))
+    rows, times = rows_of(heads, [ConstantBNR(0), ConstantBNR(2)], [1, 8, 8], range(1), "cpu",
+                          steps=12, solver="euler")
+    assert [name for name, _ in rows] == [f"BNR {bnr}: {what}" for bnr in (0, 2)
+                                          for what in ("x", "D", "4 R", "D + R")]
+    assert times == pytest.approx(time_steps(12)[[0, 1, 2, 4, 5, 6, 7, 9, 10, 11]].tolist())
+    x, d, r, total = (torch.stack(row) for _, row in rows[4:])  # [10, 1, 8, 8] each
+    sigma = torch.tensor(times, dtype=torch.float64)
+    state = x * append_dims((1 + sigma ** 2).sqrt(), x)
+    expected_d, expected_r = heads(state, 2 * sigma, sigma)
+    torch.testing.assert_close(d, expected_d)
+    torch.testing.assert_close(r, 4 * expected_r)
+    torch.testing.assert_close(total, expected_d + expected_r)
 
 
 # Half an hour of a GPU
