@@ -160,9 +160,8 @@ def noise_images() -> Images:
 
 
 def test_arms_have_the_names_that_their_commands_give_them():
-    """The commands of docs/claim.md, as study.compare reads them."""
-    plan = (ROOT / "docs/claim.md").read_text()
-    commands = re.findall(r"\$arm --vary (.*)", plan)
+    """The commands of study/README.md, as study.compare reads them."""
+    commands = re.findall(r"\$arm --vary (.*)", (ROOT / "study/README.md").read_text())
     networks = []
     for command in commands:
         variation, *others = command.split()

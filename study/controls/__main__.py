@@ -2,7 +2,7 @@
 
     python -m study.controls --results study/results
 
-study.compare computes the cells, with --name controls; the commands are those of the plan.
+study.compare computes the cells, by the commands of study/README.md.
 """
 from pathlib import Path
 from statistics import mean
@@ -115,7 +115,7 @@ def main():
     with p.one_line_errors():
         cells = Cells(args, "controls", FIELDS)
         if not cells.cells:
-            raise UserError(f"{cells.file} has no cells yet: docs/claim.md has the commands that "
+            raise UserError(f"{cells.file} has no cells yet: study/README.md has the commands that "
                             "compute them")
         table(cells.cells)
 
