@@ -167,7 +167,7 @@ def test_arms_have_the_names_that_their_commands_give_them():
         variation, *others = command.split()
         parsed = argparse.Namespace(vary=compare.variation(variation), parts="none", data=None)
         networks += [variant.options for variant in compare.variants_of(parsed, others)]
-    assert len(commands) == 6
+    assert len(commands) == 7
     for network in (HOT, WARM, *ARMS.values(), *RATES.values()):
         assert network in networks
 
