@@ -19,7 +19,7 @@ from sample import generate
 from study import compare
 from study.common import digest
 from study.controls import blurred_input, reweighted, split_targets
-from study.controls.__main__ import ARMS, HOT, RATES, WARM, table, verdict
+from study.controls.__main__ import ARMS, HOT, LOWER_WARM, RATES, WARM, table, verdict
 from util.checkpoint import load_model
 
 ROOT = Path(__file__).parent.parent
@@ -168,7 +168,7 @@ def test_arms_have_the_names_that_their_commands_give_them():
         parsed = argparse.Namespace(vary=compare.variation(variation), parts="none", data=None)
         networks += [variant.options for variant in compare.variants_of(parsed, others)]
     assert len(commands) == 7
-    for network in (HOT, WARM, *ARMS.values(), *RATES.values()):
+    for network in (HOT, WARM, LOWER_WARM, *ARMS.values(), *RATES.values()):
         assert network in networks
 
 
@@ -202,12 +202,15 @@ def test_the_table_pairs_the_cells_of_one_seed(capsys):
         for network, distance in ((HOT, 130.), (WARM, 120.), (ARMS["reweighted"], 121.)):
             noise = 10 * seed + (seed % 3) * 0.1 * len(network)     # a seed's share drops out
             cells.append(cell_of(network, seed, distance + noise))
+        cells.append(cell_of(ARMS["lower levels"], seed, 125.))
+        cells.append(cell_of(LOWER_WARM, seed, 122. + seed % 2))
         older = {**cell_of(ARMS["blurred input"], seed, 100.), "code": "0123456789ab"}
         cells.append(older)
     table(cells)
     printed = capsys.readouterr().out
     assert "| reweighted | 6 | -8.9 +- 0.1 | 0.0312 | -1.1 +- 0.1 | 0.0312 | explains" in printed
     assert "warm - hot: -10.0 +- 0.0, p 0.0312, 6 pairs; means: hot 155.2, warm 145.2" in printed
+    assert "warm - hot at P_mean -1.5: -2.5 +- 0.6, p 0.0312, 6 pairs" in printed
     assert "blurred input" not in printed                       # the file has changed since
     assert "higher levels" not in printed                       # which has no cells
 

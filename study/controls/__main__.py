@@ -13,6 +13,7 @@ from util.cli import UserError
 
 HOT = {"preset": "tiny", "bnr": 0.}
 WARM = {"preset": "tiny", "bnr": 0.5}
+LOWER_WARM = {**WARM, "P_mean": -1.5}           # the pair of the arm "lower levels"
 ARMS = {
     "reweighted": {**HOT, "parts": "reweighted"},
     "higher levels": {**HOT, "P_mean": -0.9},
@@ -103,9 +104,19 @@ def table(cells: list) -> None:
         lead = less(warm, arm)
         if len(gain) > 1 and len(lead) > 1:
             print(row(name, gain, lead, verdict(gain, lead, whole)))
-    middle, half = interval(whole)
-    print(f"\nwarm - hot: {middle:+.1f} +- {half:.1f}, p {sign_flip_p(whole):.3g}, {len(whole)} "
-          f"pairs; means: hot {mean(hot.values()):.1f}, warm {mean(warm.values()):.1f}")
+    print()
+    print_pairs("warm - hot", warm, hot)
+    print_pairs("warm - hot at P_mean -1.5", distances(cells, LOWER_WARM), arms["lower levels"])
+
+
+def print_pairs(name: str, warm: dict, hot: dict) -> None:
+    seeds = sorted(warm.keys() & hot.keys())
+    if len(seeds) > 1:
+        differences = less(warm, hot)
+        middle, half = interval(differences)
+        print(f"{name}: {middle:+.1f} +- {half:.1f}, p {sign_flip_p(differences):.3g}, "
+              f"{len(seeds)} pairs; means: hot {mean(hot[seed] for seed in seeds):.1f}, "
+              f"warm {mean(warm[seed] for seed in seeds):.1f}")
 
 
 def main():
