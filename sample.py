@@ -695,8 +695,8 @@ def draw_grid(args, facts: dict, options: dict) -> str:
 
 
 def save_array(state: torch.Tensor, filename: str) -> None:
-    array = io.BytesIO()
-    np.save(array, state.numpy())               # into a file itself, it is silent on a full disk
+    array = io.BytesIO()                        # np.save into an open file hides a full disk
+    np.save(array, state.numpy())
     with atomic_write(filename, flush=False) as f:
         f.write(array.getvalue())
 

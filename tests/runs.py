@@ -154,14 +154,18 @@ def same(a, b) -> bool:
     return a == b
 
 
+def state_of(file) -> dict:
+    """What a state.pt holds of a run: its weights, EMA, moments and number of images."""
+    state = read_checkpoint(file)
+    return {part: state[part] for part in ("net", "ema", "optimizer", "seen")}
+
+
 def same_state(a, b) -> bool:
-    """Whether two folders hold the same weights, EMA, moments and number of images, to the bit."""
-    old = read_checkpoint(f"{a}/state.pt")
-    new = read_checkpoint(f"{b}/state.pt")
-    states_agree = all(same(old[part], new[part]) for part in ("net", "ema", "optimizer", "seen"))
+    """Whether two folders hold the same state and the same model, to the bit."""
     old_model = read_checkpoint(f"{a}/ema.pt")
     new_model = read_checkpoint(f"{b}/ema.pt")
-    return states_agree and same(old_model["weights"], new_model["weights"])
+    return same(state_of(f"{a}/state.pt"), state_of(f"{b}/state.pt")) \
+        and same(old_model["weights"], new_model["weights"])
 
 
 def same_run(a, b) -> bool:

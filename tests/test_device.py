@@ -314,7 +314,9 @@ def test_snapshots_by_the_clock(minutes, steps, tmp_path, monkeypatch):
     assert steps_of(tmp_path / "run") == steps                  # each checkpoint has a line
 
 
-def test_without_a_terminal_a_bar_writes_every_30_seconds():
+def test_without_a_terminal_a_bar_writes_every_30_seconds(capsys):
+    list(progress(range(10 ** 6)))                              # takes longer than tqdm's 0.1 s
+    assert capsys.readouterr().err.count("\r") == 2             # at the beginning and the end
     bar = progress(total=1)
     assert bar.mininterval == 30
     bar.close()

@@ -20,7 +20,7 @@ def trained(tmp_path_factory):
 
 def test_the_same_command_goes_on_with_a_draw(trained, tmp_path):
     out = tmp_path / "samples"
-    draw(trained / "ema.pt", out, "--seeds", "0-4,2,0")          # seeds given twice count once
+    draw(trained / "ema.pt", out, "--seeds", "0-4,2,0")         # seeds given twice count once
     names = sorted(os.listdir(out))
     assert names == [f"{seed:06d}.png" for seed in range(5)] + ["draw.json"]
     images = {name: (out / name).read_bytes() for name in names}
@@ -48,7 +48,7 @@ def test_another_draw_is_refused(trained, tmp_path, capsys):
               ["--steps", 3], ["--solver", "euler"], ["--level", 2], ["--churn", 1]]
     for other in others:
         assert "holds images of another draw" in refused(capsys, sample.main, *line, *other)
-    Image.new("RGB", (8, 8), "blue").save(picture)        # the same name, another picture
+    Image.new("RGB", (8, 8), "blue").save(picture)               # the same name, another picture
     assert "holds images of another draw" in refused(capsys, sample.main, *line)
     assert before == {name: (out / name).read_bytes() for name in os.listdir(out)}
     foreign = tmp_path / "foreign"

@@ -518,8 +518,9 @@ def test_damaged_options_are_one_line(trained, tmp_path, capsys):
     stored = json.loads((trained / "options.json").read_text())
     texts = {"{": "holds no run", "5": "holds no run", "null": "holds no run", "{}": "holds no run"}
     for name, value in (("preset", "x"), ("batch", "x"), ("lr", float("nan")), ("mult", "2 a"),
-                        ("precision", "fp8"), ("cond", "yes"), ("duration", -1),
-                        ("attention", {"a": 1}), ("channels", 8.5)):
+                        ("mult", ["a"]), ("precision", "fp8"), ("schedule", "slow"),
+                        ("cond", "yes"), ("duration", -1), ("attention", {"a": 1}),
+                        ("channels", 8.5)):
         texts[json.dumps({**stored, name: value})] = f"--{name}"
     for text, message in texts.items():
         (tmp_path / "options.json").write_text(text)

@@ -13,7 +13,6 @@ from util.cli import UserError
 
 HOT = {"preset": "tiny", "bnr": 0.}
 WARM = {"preset": "tiny", "bnr": 0.5}
-LOWER_WARM = {**WARM, "P_mean": -1.5}           # the pair of the arm "lower levels"
 ARMS = {
     "reweighted": {**HOT, "parts": "reweighted"},
     "higher levels": {**HOT, "P_mean": -0.9},
@@ -21,6 +20,7 @@ ARMS = {
     "blurred input": {**HOT, "parts": "blurred_input"},
     "split targets": {**HOT, "parts": "split_targets"},
 }
+LOWER_WARM = {**ARMS["lower levels"], "bnr": 0.5}
 RATES = {"2e-3": HOT, "1e-3": {**HOT, "lr": 0.001}, "4e-3": {**HOT, "lr": 0.004}}
 KIMG = 120
 PAIRS = 6                                       # of the plan: fewer have no verdict
@@ -81,11 +81,16 @@ def verdict(gain: list, lead: list, whole: list) -> str:
     return "undecided"
 
 
+def with_interval(differences: list) -> str:
+    """The mean difference and its 95 % interval, in words."""
+    middle, half = interval(differences)
+    return f"{middle:+.1f} +- {half:.1f}"
+
+
 def row(name: str, gain: list, lead: list, result: str) -> str:
     entries = [name, str(len(gain))]
     for differences in (gain, lead):
-        middle, half = interval(differences)
-        entries += [f"{middle:+.1f} +- {half:.1f}", f"{sign_flip_p(differences):.3g}"]
+        entries += [with_interval(differences), f"{sign_flip_p(differences):.3g}"]
     return "| " + " | ".join([*entries, result]) + " |"
 
 
@@ -113,8 +118,7 @@ def print_pairs(name: str, warm: dict, hot: dict) -> None:
     seeds = sorted(warm.keys() & hot.keys())
     if len(seeds) > 1:
         differences = less(warm, hot)
-        middle, half = interval(differences)
-        print(f"{name}: {middle:+.1f} +- {half:.1f}, p {sign_flip_p(differences):.3g}, "
+        print(f"{name}: {with_interval(differences)}, p {sign_flip_p(differences):.3g}, "
               f"{len(seeds)} pairs; means: hot {mean(hot[seed] for seed in seeds):.1f}, "
               f"warm {mean(warm[seed] for seed in seeds):.1f}")
 
