@@ -458,7 +458,7 @@ def test_other_parts_do_not_resume_a_run(tmp_path):
     images.images[[0, 1]] = images.images[[1, 0]]
     refused("a run with images' digest", data=images)
     refused("a run with images' digest", data=pictures(classes="ab"))
-    refused("a run with images' count 20, not 10.*--init-from", data=Images(data.images[:10]))
+    refused("images' count 20, not 10.*--init-from", data=Images(data.images[:10]))
     refused("a run with images' classes", data=Images(data.images, classes=["every"]))
     train.train(longer, Images(data.images, name="moved"), Square(), small_cnn())
     assert seen_by(tmp_path / "run") == 32
